@@ -1,0 +1,1 @@
+"""The checkpoint format: configuration, tensor names and shapes, files and their checks. Standard library only."""

@@ -1,0 +1,45 @@
+"""Errors that a person can act on: one line each, saying where, what and what to do."""
+
+from __future__ import annotations
+
+
+class UsageError(Exception):
+    """A wrong argument or environment of the user: port taken, unsupported vLLM version, plugin missing."""
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be trusted or used.
+
+    Args:
+        where: File, or file and tensor or key, that the error is about.
+        problem: What was expected and what was found.
+        remedy: What the reader can do about it.
+    """
+
+    def __init__(self, where: str, problem: str, remedy: str) -> None:
+        # All three go to Exception, so that the error survives pickling between processes.
+        super().__init__(where, problem, remedy)
+        self.where = where
+        self.problem = problem
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{_one_line(self.where)}: {_one_line(self.problem)}; {self.remedy}"
+
+
+def _one_line(text: str) -> str:
+    """What a damaged file says may hold anything; the message stays one line of a terminal's."""
+    shown = text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
+    return shown if len(shown) <= 400 else f"{shown[:400]}..."
+
+
+class ConfigError(CheckpointError):
+    """A `config.json` with a missing, unknown or impossible value."""
+
+
+class ManifestError(CheckpointError):
+    """A file that is missing, surplus, or differs from what `manifest.json` says."""
+
+
+class TensorError(CheckpointError):
+    """A safetensors file or one of its tensors that is not what the configuration calls for."""

@@ -1,0 +1,61 @@
+"""JSON as strictly as the format wants it: UTF-8, one object, no key twice, no NaN."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any, NoReturn
+
+from vqserve.format.errors import CheckpointError
+
+_RESTORE = "restore the file from where the checkpoint came from"
+
+
+def parse_object(data: bytes, where: str, error: type[CheckpointError] = CheckpointError) -> dict[str, Any]:
+    """Parses one JSON object.
+
+    Args:
+        data: The encoded text.
+        where: What to call it in an error.
+        error: The class of errors raised.
+
+    Raises:
+        CheckpointError: As `error`: not UTF-8, not JSON, not an object, or a key occurs twice.
+    """
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_no_key_twice, parse_constant=_no_constant)
+    except UnicodeDecodeError as cause:
+        raise error(where, f"expected UTF-8, found byte {data[cause.start]:#04x} at {cause.start}", _RESTORE) from cause
+    except RecursionError as cause:
+        raise error(where, "expected JSON, found it nested too deeply", _RESTORE) from cause
+    except ValueError as cause:
+        raise error(where, f"expected JSON, found an error: {cause}", _RESTORE) from cause
+    if not isinstance(value, dict):
+        raise error(where, f"expected a JSON object, found {type(value).__name__}", _RESTORE)
+    return value
+
+
+def read_object(path: Path, error: type[CheckpointError] = CheckpointError) -> dict[str, Any]:
+    """Reads a file that holds one JSON object.
+
+    Raises:
+        CheckpointError: As `error`: the file cannot be read, or `parse_object` refuses it.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as cause:
+        raise error(str(path), f"cannot be read: {cause.strerror}", "check the path and its permissions") from cause
+    return parse_object(data, str(path), error)
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        twice, count = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"key {twice!r} occurs {count} times")
+    return value
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")

@@ -1,0 +1,1 @@
+"""The oracle in plain torch: pack, dequantize, matmul, moe. It is the specification, and what CPUs serve with."""

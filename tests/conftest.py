@@ -1,0 +1,53 @@
+"""Fixtures that every test may use."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+from random_checkpoint import make_random_checkpoint
+from random_parent import make_random_parent
+
+# Shared machines stall: a deadline would fail tests for that. Failures print how to repeat them, so no database.
+hypothesis.settings.register_profile("vqserve", deadline=None, print_blob=True, database=None)
+hypothesis.settings.load_profile("vqserve")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, help="seed of the tests' random input; fresh for each test if left out")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The quick tests first, those that start a server last, each kind in its own order."""
+    items.sort(key=lambda item: [item.get_closest_marker(name) is not None for name in ("e2e", "slow")])
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """A seed for random input: fresh each time, printed when the test fails, set by `--seed` to repeat a failure."""
+    given: int | None = request.config.getoption("--seed")
+    value = secrets.randbits(32) if given is None else given
+    print(f"repeat with --seed {value}")  # noqa: T201 - pytest shows it with a failure
+    return value
+
+
+@pytest.fixture(scope="session")
+def random_parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bf16 parent of the small model's geometry with random weights. Do not write into it."""
+    return make_random_parent(tmp_path_factory.mktemp("random") / "parent")
+
+
+@pytest.fixture(scope="session")
+def random_checkpoint(random_parent: Path) -> Path:
+    """A vqserve checkpoint of random codes, made from `random_parent`. Do not write into it."""
+    folder = random_parent.parent
+    return make_random_checkpoint(random_parent, folder / "checkpoint", folder / "dequantized")
+
+
+@pytest.fixture(scope="session")
+def dequantized_checkpoint(random_checkpoint: Path) -> Path:
+    """The weights of `random_checkpoint` as an ordinary bf16 checkpoint. Do not write into it."""
+    return random_checkpoint.parent / "dequantized"
