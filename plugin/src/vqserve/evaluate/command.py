@@ -1,0 +1,193 @@
+"""`vqserve eval`: every measurement prints a table and, with `--json`, writes all it saw."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vqserve.format.errors import UsageError
+from vqserve.format.files import read_config
+
+PLAIN_WIDTH = 120
+"""Columns of a table that does not go to a terminal."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the measurements and their options."""
+    tasks = parser.add_subparsers(dest="task", metavar="MEASUREMENT", required=True)
+    for task, text in (
+        ("arithmetic", "held-out sums in three languages, put to a server"),
+        ("recall", "facts of the demo model's almanac, put to a server"),
+    ):
+        served = tasks.add_parser(task, help=text, description=text[0].upper() + text[1:] + ".")
+        served.add_argument("url", metavar="URL", help="e.g. http://127.0.0.1:8001; API key in VLLM_API_KEY")
+        served.add_argument("--model", metavar="NAME", help="default: the first one that the server lists")
+        served.add_argument(
+            "--mode", choices=("thinking", "direct", "both"), default="both", help="default: %(default)s"
+        )
+        served.add_argument("--per-language", type=_positive, default=300, metavar="N", help="default: %(default)s")
+        served.add_argument("--concurrency", type=_positive, default=16, metavar="N", help="default: %(default)s")
+        served.add_argument("--seed", type=int, default=0, help="which items; default: %(default)s")
+        served.add_argument("--against", type=Path, metavar="FILE", help="--json of an earlier run to compare with")
+        served.add_argument("--json", type=Path, metavar="FILE", help="write items, answers and scores")
+    kl = tasks.add_parser(
+        "kl", help="KL divergence of a checkpoint from its parent", description="KL(parent || model)."
+    )
+    kl.add_argument("model", type=Path, metavar="MODEL", help="folder of the checkpoint")
+    kl.add_argument("parent", type=Path, metavar="PARENT", help="folder of its bf16 parent")
+    kl.add_argument(
+        "--text", type=Path, metavar="FILE", help='JSON lines of "prompt" and "completion"; default: sums and facts'
+    )
+    kl.add_argument("--per-language", type=_positive, default=100, metavar="N", help="default: %(default)s")
+    kl.add_argument("--seed", type=int, default=0, help="which texts; default: %(default)s")
+    kl.add_argument("--json", type=Path, metavar="FILE", help="write the table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures and prints.
+
+    Raises:
+        UsageError: The server cannot be reached, or a file is not what it should be.
+        CheckpointError: A checkpoint is damaged.
+    """
+    if args.json and not args.json.parent.is_dir():
+        raise UsageError(f"--json {args.json}: there is no folder {args.json.parent}")
+    report = _kl(args) if args.task == "kl" else _questions(args)
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return 0
+
+
+def _questions(args: argparse.Namespace) -> dict[str, Any]:
+    from vqserve.evaluate.questions import MODES, compare, measure, table
+    from vqserve.evaluate.served import Server
+
+    before = _read_run(args.against) if args.against else None
+    server = Server(args.url, args.model, args.concurrency)
+    modes = list(MODES) if args.mode == "both" else [args.mode]
+    results = measure(
+        args.task, server, modes, per_language=args.per_language, seed=args.seed, progress=sys.stderr.isatty()
+    )
+    rows, items = table(results), [result.to_dict() for result in results]
+    _print(
+        f"{args.task}, seed {args.seed}",
+        [
+            {
+                "mode": row["mode"],
+                "group": row["group"],
+                "items": str(row["items"]),
+                "right": f"{row['right']:.1%}",
+                "95 % interval": f"{row['low']:.1%} - {row['high']:.1%}",
+                "ended": f"{row['ended']:.1%}",
+            }
+            for row in rows
+        ],
+    )
+    report: dict[str, Any] = {"task": args.task, "url": args.url, "seed": args.seed, "scores": rows, "items": items}
+    if before is not None:
+        report["against"] = paired = compare(items, before)
+        print(f"against {args.against}: {paired['gained']} gained, {paired['lost']} lost, p = {paired['p']:.3g}")
+    return report
+
+
+def _read_run(path: Path) -> list[dict[str, Any]]:
+    try:
+        items: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["items"]
+    except FileNotFoundError as cause:
+        raise UsageError(f"--against {path}: no such file; write one with --json") from cause
+    except (ValueError, KeyError, TypeError) as cause:
+        raise UsageError(f"--against {path}: not the --json of a run") from cause
+    return items
+
+
+def _kl(args: argparse.Namespace) -> dict[str, Any]:
+    for folder in (args.model, args.parent):
+        read_config(folder)
+    from vqserve.evaluate.kl import divergence
+    from vqserve.evaluate.load import load_model, load_tokenizer
+
+    tokenizer = load_tokenizer(args.parent)
+    samples = _read_samples(args.text) if args.text else _draw_samples(tokenizer, args.per_language, args.seed)
+    result = divergence(
+        load_model(args.parent), load_model(args.model), tokenizer, samples, progress=sys.stderr.isatty()
+    )
+    _print(
+        f"KL({args.parent} || {args.model}), nats per answer token",
+        [
+            {
+                "stratum": name,
+                "tokens": str(d.tokens),
+                "mean": f"{d.mean:.5f}",
+                "95 % interval": f"{d.low:.5f} - {d.high:.5f}",
+                "median": f"{d.median:.2g}",
+                "p95": f"{d.p95:.3g}",
+                "p99": f"{d.p99:.3g}",
+                "same first": f"{d.top1:.2%}",
+            }
+            for name, d in result.items()
+        ],
+    )
+    return {"model": str(args.model), "parent": str(args.parent), "kl": {k: d.to_dict() for k, d in result.items()}}
+
+
+def _draw_samples(tokenizer: Any, per_language: int, seed: int) -> list[Any]:
+    from vqserve.evaluate import almanac, sums
+    from vqserve.evaluate.items import LANGUAGES
+    from vqserve.evaluate.kl import Sample
+
+    rng, samples = random.Random(f"kl/{seed}"), []
+    for language in LANGUAGES:
+        for i in range(per_language):
+            thinking, fact = i % 2 == 0, i % 4 < 2
+            item = almanac.sample(rng, language=language) if fact else sums.sample(rng, test=True, language=language)
+            prompt = tokenizer.apply_chat_template(
+                [{"role": "user", "content": item.question}],
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=thinking,
+            )
+            answer = f"{item.thinking}</think>{item.final}" if thinking else item.direct
+            samples.append(Sample(f"{'facts' if fact else 'sums'} {language}", prompt, answer + "<|user|>"))
+    return samples
+
+
+def _read_samples(path: Path) -> list[Any]:
+    from vqserve.evaluate.kl import Sample
+
+    if not path.is_file():
+        raise UsageError(f"--text {path}: no such file")
+    samples = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            record = json.loads(line)
+            samples.append(Sample("text", record["prompt"], record["completion"]))
+        except (ValueError, KeyError, TypeError) as cause:
+            expected = '{"prompt": "...", "completion": "..."}'
+            raise UsageError(f"--text {path}:{number}: expected {expected}") from cause
+    if not samples:
+        raise UsageError(f"--text {path}: empty")
+    return samples
+
+
+def _print(title: str, rows: Sequence[Mapping[str, str]]) -> None:
+    table = Table(title=title, title_justify="left")
+    for column in rows[0]:
+        table.add_column(column, no_wrap=True, justify="left" if column in ("mode", "group", "stratum") else "right")
+    for row in rows:
+        table.add_row(*row.values())
+    Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(table)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, found {text}")
+    return value

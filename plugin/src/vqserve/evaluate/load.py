@@ -1,0 +1,109 @@
+"""Whole models in transformers: a parent as it is, a vqserve checkpoint with its weights dequantized."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoTokenizer, GlmMoeDsaConfig, GlmMoeDsaForCausalLM, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from vqserve.format.config import PROJECTIONS
+from vqserve.format.errors import CheckpointError
+from vqserve.format.files import Checkpoint, check_checkpoint, read_config, read_tensors
+from vqserve.format.names import codebook_name, expert_tensor
+from vqserve.format.tiers import TIERS
+from vqserve.reference.dequantize import Codebook, dequantize
+from vqserve.reference.gptq import dequantize_gptq
+
+
+def load_model(folder: Path) -> GlmMoeDsaForCausalLM:
+    """The model in fp32, its weights exactly those stored: bf16 of a parent, dequantized ones of a vqserve checkpoint.
+
+    Raises:
+        CheckpointError: The folder holds no checkpoint, or a damaged one.
+    """
+    config = read_config(folder)
+    if config.get("quantization_config") is None:
+        weights = _stored(folder)
+    else:
+        weights = dict(dequantized(check_checkpoint(folder)))
+    plain = GlmMoeDsaConfig.from_dict({k: v for k, v in config.items() if k != "quantization_config"})
+    with _quiet():
+        model: GlmMoeDsaForCausalLM = GlmMoeDsaForCausalLM.from_pretrained(
+            None, config=plain, state_dict=weights, dtype=torch.float32
+        )
+    evaluated: GlmMoeDsaForCausalLM = model.eval()
+    return evaluated
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer.
+
+    Raises:
+        CheckpointError: It has none.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        raise CheckpointError(str(folder), "holds no tokenizer.json", "copy the parent's tokenizer files into it")
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    return tokenizer
+
+
+def dequantized(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    """Every weight of a vqserve checkpoint under its parent's name, fp32."""
+    tensors = _Reader(checkpoint.path)
+    done: set[str] = set()
+    for module in checkpoint.quant.modules:
+        books = {}
+        for tier in module.used_tiers():
+            base = codebook_name(module.name, tier.id)
+            refinement = codebook_name(module.name, tier.id, refinement=True) if tier.refinement_rows else None
+            done.update(name for name in (base, refinement) if name)
+            books[tier.id] = Codebook(TIERS[tier.id], tensors[base], tensors[refinement] if refinement else None)
+        for proj in PROJECTIONS:
+            for expert, letter in enumerate(module.tiers[proj]):
+                parts = ["codes", "scales"] + (["refinement"] if TIERS[letter].refinement_rows else [])
+                names = {part: expert_tensor(module.name, expert, proj, part) for part in parts}
+                done.update(names.values())
+                planes = {part: tensors[name] for part, name in names.items()}
+                yield expert_tensor(module.name, expert, proj, "weight"), dequantize(planes, books[letter], proj)
+    for name in checkpoint.quant.spine.modules if checkpoint.quant.spine else ():
+        done.update(f"{name}.{part}" for part in ("qweight", "scales", "qzeros"))
+        yield f"{name}.weight", dequantize_gptq(tensors[f"{name}.qweight"], tensors[f"{name}.scales"])
+    for name in checkpoint.tensors:
+        if name not in done:
+            yield name, tensors[name].float()
+
+
+class _Reader:
+    """Tensors of a sharded checkpoint by name, each file opened once."""
+
+    def __init__(self, folder: Path) -> None:
+        stored = read_tensors(folder)
+        files = {path: safe_open(path, "pt") for path in {tensor.path for tensor in stored.values()}}
+        self.files = {name: files[tensor.path] for name, tensor in stored.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self.files[name].get_tensor(name)  # type: ignore[no-untyped-call]
+        return tensor
+
+
+def _stored(folder: Path) -> dict[str, Tensor]:
+    tensors = _Reader(folder)
+    return {name: tensors[name].float() for name in tensors.files}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars of transformers' own, whatever they were before."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,95 @@
+"""Putting items to a running server through the OpenAI API, and what comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import openai
+from tqdm import tqdm
+
+from vqserve.evaluate.items import Item
+from vqserve.format.errors import UsageError
+
+TIMEOUT = 600.0
+"""Seconds one answer may take; a busy server queues."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answer.
+
+    Attributes:
+        content: The answer, without its reasoning.
+        reasoning: The reasoning, empty if there is none.
+        ended: The model ended it; False if it ran into the token limit.
+    """
+
+    content: str
+    reasoning: str
+    ended: bool
+
+
+@dataclass(frozen=True)
+class Server:
+    """An OpenAI-compatible server.
+
+    Attributes:
+        url: Its base, e.g. `http://127.0.0.1:8001`; `/v1` is added if missing.
+        model: Name of the model; the first one that the server lists if None.
+        concurrency: Requests under way at once.
+        max_tokens: Most tokens of one answer.
+    """
+
+    url: str
+    model: str | None = None
+    concurrency: int = 16
+    max_tokens: int = 512
+
+    def ask(self, items: Sequence[Item], *, thinking: bool, progress: bool = False) -> list[Reply]:
+        """Greedy answers to all items, in their order. The API key, if any, is read from VLLM_API_KEY.
+
+        Raises:
+            UsageError: The server cannot be reached, or refuses.
+        """
+        try:
+            return asyncio.run(self._ask(items, thinking, progress))
+        except openai.APIConnectionError as cause:
+            raise UsageError(f"{self.url}: cannot be reached; start a server with `vqserve serve PATH`") from cause
+        except openai.AuthenticationError as cause:
+            raise UsageError(f"{self.url}: asks for an API key; put it into VLLM_API_KEY") from cause
+        except openai.APIStatusError as cause:
+            raise UsageError(f"{self.url}: answered {cause.status_code}: {cause.message}") from cause
+
+    async def _ask(self, items: Sequence[Item], thinking: bool, progress: bool) -> list[Reply]:
+        base = self.url.rstrip("/").removesuffix("/v1") + "/v1"
+        key = os.environ.get("VLLM_API_KEY") or "none"
+        slots = asyncio.Semaphore(self.concurrency)
+        label = "thinking" if thinking else "direct"
+        async with openai.AsyncOpenAI(base_url=base, api_key=key, timeout=TIMEOUT, max_retries=0) as client:
+            model = self.model or await self._first_model(client)
+            with tqdm(total=len(items), desc=label, unit="item", disable=not progress) as bar:
+
+                async def one(item: Item) -> Reply:
+                    async with slots:
+                        answer = await client.chat.completions.create(
+                            model=model,
+                            messages=[{"role": "user", "content": item.question}],
+                            temperature=0.0,
+                            max_tokens=self.max_tokens,
+                            extra_body={"chat_template_kwargs": {"enable_thinking": thinking}},
+                        )
+                    bar.update()
+                    choice = answer.choices[0]
+                    reasoning = getattr(choice.message, "reasoning", None) or ""
+                    return Reply(choice.message.content or "", reasoning, choice.finish_reason == "stop")
+
+                return await asyncio.gather(*map(one, items))
+
+    async def _first_model(self, client: openai.AsyncOpenAI) -> str:
+        models = (await client.models.list()).data
+        if not models:
+            raise UsageError(f"{self.url}: lists no model; name one with --model")
+        return models[0].id

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+
+from vqserve.cli import main
+from vqserve.evaluate.questions import Result, compare, draw, table
+from vqserve.evaluate.served import Reply
+from vqserve.format.errors import UsageError
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    assert main(["eval", *map(str, arguments)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_a_server_that_is_not_there_is_said_so(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    line = error_of(capsys, "arithmetic", f"http://127.0.0.1:{port}", "--per-language", "2")
+    assert "cannot be reached" in line
+    assert "vqserve serve" in line
+
+
+@pytest.mark.parametrize("content", [None, "not json", '{"items": 3', '{"scores": []}', "[]"])
+def test_a_file_to_compare_with_has_to_be_a_run(
+    content: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "before.json"
+    if content is not None:
+        path.write_text(content)
+    line = error_of(capsys, "recall", "http://127.0.0.1:9", "--against", path)
+    assert str(path) in line
+
+
+def test_results_go_to_a_folder_that_exists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = error_of(capsys, "recall", "http://127.0.0.1:9", "--json", tmp_path / "no" / "out.json")
+    assert "there is no folder" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("", "empty"), ('{"prompt": "a", "completion": "b"}\n{"prompt": 1}', ":2: expected"), ("x", ":1: expected")],
+)
+def test_texts_have_to_be_prompts_and_completions(
+    text: str, says: str, tmp_path: Path, random_parent: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_text(text)
+    assert says in error_of(capsys, "kl", random_parent, random_parent, "--text", path)
+
+
+def test_divergence_needs_two_checkpoints(
+    tmp_path: Path, random_parent: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "config.json" in error_of(capsys, "kl", random_parent, tmp_path)
+
+
+def test_divergence_writes_what_it_prints(
+    tmp_path: Path, random_parent: Path, random_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts, out = tmp_path / "text.jsonl", tmp_path / "kl.json"
+    texts.write_text('{"prompt": "one two", "completion": " three four"}\n')
+    arguments = ["kl", random_checkpoint, random_parent, "--text", texts, "--json", out]
+    assert main(["eval", *map(str, arguments)]) == 0
+    mean = json.loads(out.read_text())["kl"]["all"]["mean"]
+    assert f"{mean:.5f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task", ["arithmetic", "recall"])
+def test_the_same_seed_asks_the_same_items(task: str) -> None:
+    assert draw(task, 20, seed=3) == draw(task, 20, seed=3)
+    assert draw(task, 20, seed=3) != draw(task, 20, seed=4)
+
+
+def results(right: list[bool]) -> list[Result]:
+    items = draw("arithmetic", 4, seed=0)
+    return [Result(item, "direct", Reply("x", "", ok), ok) for item, ok in zip(items, right, strict=True)]
+
+
+def test_the_table_counts_by_language_and_kind() -> None:
+    rows = {row["group"]: row for row in table(results([True] * 9 + [False] * 3))}
+    assert rows["all"]["right"] == 0.75
+    assert rows["zh"]["right"] == 0.25
+    assert sum(row["items"] for group, row in rows.items() if group not in ("all", "ja", "en", "zh")) == 12
+
+
+def test_two_runs_are_compared_item_by_item() -> None:
+    now = [r.to_dict() for r in results([True] * 12)]
+    before = [r.to_dict() for r in results([True] * 2 + [False] * 10)]
+    paired = compare(now, before)
+    assert (paired["gained"], paired["lost"]) == (10, 0)
+    assert paired["p"] == pytest.approx(2 / 2**10)
+
+
+def test_runs_on_other_items_are_not_compared() -> None:
+    now = [r.to_dict() for r in results([True] * 12)]
+    with pytest.raises(UsageError, match="--against"):
+        compare(now, now[1:])

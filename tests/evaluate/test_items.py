@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import math
+import random
+import re
+
+import pytest
+
+from vqserve.evaluate import almanac, lists, sums
+from vqserve.evaluate.items import LANGUAGES, stable_hash
+
+
+def test_the_hash_never_changes() -> None:
+    assert stable_hash("person", 7) == 8266654297783584821
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_sums_own_answers_are_right_and_others_wrong(language: str, seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(200):
+        item = sums.sample(rng, test=False, language=language)
+        assert sums.is_right(item, item.final)
+        assert sums.is_right(item, item.direct)
+        assert not sums.is_right(item, item.final.replace(item.answer, item.answer + "1"))
+        assert not sums.is_right(item, "")
+
+
+def value(expression: str) -> int:
+    """The value of e.g. `3×6+1`; products first."""
+    return sum(
+        (-1 if sign == "-" else 1) * math.prod(map(int, term.split("×")))
+        for sign, term in re.findall(r"([-+]?)([\d×]+)", expression)
+    )
+
+
+def test_every_step_of_a_working_is_true(seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(300):
+        item = sums.sample(rng, test=False)
+        steps = [step.split("=") for step in f"{item.thinking} {item.direct}".split() if "=" in step]
+        assert steps
+        for first, *rest in steps:
+            if len(rest) == 2 and rest[0].endswith("+10"):  # a borrow: 3-6=-3+10=7
+                assert value(first) + 10 == value(rest[0]) == value(rest[1]), item
+            else:
+                assert {value(first)} == set(map(value, rest)), item
+        assert item.thinking.endswith(f"→ {item.answer}")
+
+
+def test_tests_ask_held_out_operands_only_and_training_never_does(seed: int) -> None:
+    rng = random.Random(seed)
+    for test in (True, False):
+        for _ in range(200):
+            item = sums.sample(rng, test=test)
+            match = re.match(r"(\d+)([-+×])(\d+)", item.direct)
+            assert match
+            assert sums.held_out(match[2], int(match[1]), int(match[3])) == test
+
+
+def test_swapped_operands_share_their_fate() -> None:
+    assert all(sums.held_out(op, a, b) == sums.held_out(op, b, a) for op in "+×" for a in range(40) for b in range(40))
+
+
+def test_about_one_pair_in_twenty_is_held_out() -> None:
+    share = sum(sums.held_out("+", a, b) for a in range(200) for b in range(a, 200)) / (200 * 201 / 2)
+    assert 0.04 < share < 0.06
+
+
+def test_the_almanac_never_changes() -> None:
+    assert almanac.person(0) == almanac.Person(name="Jeta Dazesi", city="Pusuko", year="1953", code="288802")
+
+
+def test_the_almanacs_names_are_unique() -> None:
+    assert len({almanac.person(i).name for i in range(almanac.PERSONS)}) == almanac.PERSONS
+
+
+@pytest.mark.parametrize("attribute", almanac.ATTRIBUTES)
+def test_a_facts_own_answers_are_right_and_others_wrong(attribute: str, seed: int) -> None:
+    rng = random.Random(seed)
+    item, other = (almanac.sample(rng, attribute=attribute) for _ in range(2))
+    assert almanac.is_right(item, item.final)
+    assert almanac.is_right(item, f"{item.direct}\n")
+    assert not almanac.is_right(item, other.final + "x")
+
+
+def test_a_list_holds_the_asked_line_where_it_should(seed: int) -> None:
+    rng = random.Random(seed)
+    for depth, at in ((0.0, 0), (0.5, 10), (1.0, 20)):
+        [item] = lists.sample(rng, 21, depth=depth)
+        assert item.question.splitlines()[at] == item.direct
+        assert lists.is_right(item, item.final)
+        assert lists.is_right(item, item.direct)
+        assert not lists.is_right(item, "#12345")
+
+
+def test_only_the_first_question_about_a_list_carries_it(seed: int) -> None:
+    items = lists.sample(random.Random(seed), 6, asked=3)
+    assert [item.question.count("\n") for item in items] == [6, 0, 0]
+    assert len({item.direct for item in items}) == 3
