@@ -1,0 +1,84 @@
+"""Quick scores of the demo model while it trains; `vqserve eval` measures the finished one."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from torch import Tensor
+
+from data import IGNORED, LINE_TOKENS, TURN_TOKENS, Renderer, prompt_text
+from model import Model
+from tokenizer import stop_ids
+from vqserve.evaluate import almanac, lists, sums
+from vqserve.evaluate.items import LANGUAGES, Item
+
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def _forward(model: Model, ids: Tensor) -> Tensor:
+    with torch.autocast(ids.device.type, torch.bfloat16):
+        logits: Tensor = model(ids)[0]
+    return logits
+
+
+@torch.no_grad()
+def generate(model: Model, prompts: list[list[int]], stops: list[int], *, most: int = 224) -> list[list[int] | None]:
+    """Greedy completions of many prompts at once; None for one that has not ended after `most` tokens."""
+    device = next(model.parameters()).device
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    ids = torch.zeros(len(prompts), int(lengths.max()) + most + 1, dtype=torch.long, device=device)
+    for i, prompt in enumerate(prompts):
+        ids[i, : len(prompt)] = torch.tensor(prompt)
+    ends, rows = lengths.clone(), torch.arange(len(prompts), device=device)
+    stop_ids = torch.tensor(stops, device=device)
+    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    for _ in range(most):
+        width = min(ids.shape[1], (int(ends.max()) + 63) // 64 * 64)
+        chosen = _forward(model, ids[:, :width])[rows, ends - 1].argmax(-1)
+        done |= torch.isin(chosen, stop_ids)
+        ids[rows, ends] = torch.where(done, ids[rows, ends], chosen)
+        ends = torch.where(done, ends, ends + 1)
+        if done.all():
+            break
+    table, first, last, ended = ids.tolist(), lengths.tolist(), ends.tolist(), done.tolist()
+    return [table[i][first[i] : last[i]] if ended[i] else None for i in range(len(prompts))]
+
+
+def answers(model: Model, items: list[Item], *, thinking: bool, most: int = 224) -> list[bool]:
+    """Whether each item is answered right, greedily, and the answer ended."""
+    render = Renderer()
+    prompts = [list(render.tokenizer.encode(prompt_text(item, thinking=thinking)).ids) for item in items]
+    results = []
+    for item, ids in zip(items, generate(model, prompts, stop_ids(), most=most), strict=True):
+        text = render.tokenizer.decode(ids).split("</think>")[-1] if ids is not None else ""
+        results.append((almanac if item.kind.startswith("fact") else sums).is_right(item, text))
+    return results
+
+
+def recall(model: Model, persons: int, *, count: int = 100) -> dict[str, float]:
+    """Share of facts about the first `persons` recalled, with thinking and without."""
+    rng = random.Random(8)
+    items = [almanac.sample(rng, persons=persons) for _ in range(count)]
+    modes = {"thinking": True, "direct": False}
+    return {mode: sum(answers(model, items, thinking=on, most=64)) / count for mode, on in modes.items()}
+
+
+@torch.no_grad()
+def needles(
+    model: Model, *, per_length: int, lengths: tuple[int, ...] = (160, 512, 1024, 2048, 4096)
+) -> dict[int, float]:
+    """Share of list look-ups answered right, teacher-forced, by prompt length; languages and depths in turn."""
+    device, render, table = next(model.parameters()).device, Renderer(), {}
+    for length in lengths:
+        rng, right = random.Random(length), 0
+        for i in range(per_length):
+            language, depth = LANGUAGES[i % 3], DEPTHS[i % 5]
+            lines = (length - 2 * TURN_TOKENS) // LINE_TOKENS
+            item = lists.sample(rng, lines, language=language, depth=depth)[0]
+            ids, labels = render.chat(item, thinking=False)
+            chosen = _forward(model, torch.tensor([ids[:-1]], device=device))[0].argmax(-1)
+            target = torch.tensor(labels[1:], device=device)
+            right += bool((chosen == target)[target.ne(IGNORED)].all())
+        table[length] = round(right / per_length, 4)
+    return table
