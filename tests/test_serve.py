@@ -1,0 +1,195 @@
+"""`vqserve serve` up to the moment it becomes vLLM's server; from there on see e2e."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vqserve
+from vqserve.cli import main
+
+Capture = pytest.CaptureFixture[str]
+
+
+def printed(capsys: Capture, *argv: str) -> tuple[dict[str, str], list[str]]:
+    """Environment and arguments that `--print` shows."""
+    own, passed = (argv[: argv.index("--")], argv[argv.index("--") :]) if "--" in argv else (argv, ())
+    assert main(["serve", *own, "--print", *passed]) == 0
+    words = shlex.split(capsys.readouterr().out)
+    at = words.index(sys.executable)
+    return dict(word.split("=", 1) for word in words[:at]), words[at:]
+
+
+def value(command: list[str], option: str) -> str:
+    return command[command.index(option) + 1]
+
+
+def refused(capsys: Capture, *argv: str) -> str:
+    """The one line on stderr with which `serve` ends."""
+    assert main(["serve", *argv]) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.count("\n") == 1
+    return error
+
+
+def test_the_defaults_are_those_of_the_model_card(random_checkpoint: Path, capsys: Capture) -> None:
+    environment, command = printed(capsys, str(random_checkpoint))
+    expected = {
+        "--model": str(random_checkpoint),
+        "--host": "127.0.0.1",
+        "--port": "8001",
+        "--served-model-name": "glm-5.2",
+        "--max-model-len": "4096",
+        "--tensor-parallel-size": "1",
+        "--reasoning-parser": "glm45",
+        "--tool-call-parser": "glm47",
+        "--hf-overrides": '{"architectures": ["GlmMoeDsaDenseForCausalLM"]}',
+    }
+    assert {option: value(command, option) for option in expected} == expected
+    assert "--enable-auto-tool-choice" in command
+    assert environment["HF_HUB_OFFLINE"] == environment["VLLM_NO_USAGE_STATS"] == environment["DO_NOT_TRACK"] == "1"
+    assert environment["VLLM_CPU_KVCACHE_SPACE"] == "1"
+
+
+def test_every_default_can_be_overridden(random_checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ messages }}", encoding="utf-8")
+    options = {
+        "--host": "0.0.0.0",
+        "--port": "9000",
+        "--served-model-name": "other",
+        "--max-model-len": "512",
+        "--tensor-parallel-size": "2",
+        "--reasoning-parser": "glm47",
+        "--tool-call-parser": "glm45",
+        "--chat-template": str(template),
+    }
+    environment, command = printed(capsys, str(random_checkpoint), *(word for item in options.items() for word in item))
+    assert {option: value(command, option) for option in options} == options
+    ranks = environment["VLLM_CPU_OMP_THREADS_BIND"].split("|")
+    cores = [core for rank in ranks for core in rank.split(",")]
+    assert len(ranks) == 2
+    assert len(set(cores)) == len(cores)
+
+
+def test_what_follows_the_dashes_goes_to_vllm_as_it_is(random_checkpoint: Path, capsys: Capture) -> None:
+    passed = ["--seed", "7", "--enable-log-requests", "--hf-overrides", '{"a b": "$c"}', "--", "x"]
+    _, command = printed(capsys, str(random_checkpoint), "--", *passed)
+    assert command[-len(passed) :] == passed
+
+
+def test_the_callers_environment_wins(
+    random_checkpoint: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
+    assert printed(capsys, str(random_checkpoint))[0]["VLLM_CPU_KVCACHE_SPACE"] == "3"
+
+
+def test_secrets_are_never_shown(random_checkpoint: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "hush-1")
+    argv = ["serve", str(random_checkpoint), "--print", "--", "--api-key", "hush-2", "--api_key=hush-3"]
+    assert main(argv) == 0
+    assert "hush" not in capsys.readouterr().out
+
+
+def test_a_bf16_checkpoint_is_to_be_encoded_first(random_parent: Path, capsys: Capture) -> None:
+    error = refused(capsys, str(random_parent))
+    assert "the checkpoint is not quantized" in error
+    assert "vqserve encode" in error
+
+
+def test_a_flipped_bit_is_found_before_the_start(random_checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
+    folder = shutil.copytree(random_checkpoint, tmp_path / "checkpoint")
+    file = folder / "model-00002-of-00002.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert f"{file}: " in refused(capsys, str(folder))
+
+
+def test_a_taken_port_is_found_before_the_start(random_checkpoint: Path, capsys: Capture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        error = refused(capsys, str(random_checkpoint), "--port", str(port))
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in error
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (("--port", "70000"), "--port 70000: expected 1..65535"),
+        (("--host", "192.0.2.1"), "cannot listen on 192.0.2.1:8001"),
+        (("--tensor-parallel-size", "3"), "tensor parallel size 3: num_attention_heads = 2 is not a multiple"),
+        (("--tensor-parallel-size", "0"), "tensor parallel size 0"),
+        (("--max-model-len", "5000"), "--max-model-len 5000: expected 1..4096"),
+        (("--chat-template", "nowhere.jinja"), "--chat-template nowhere.jinja: no such file"),
+        (("--attention", "sparse"), "no sparse attention on CPUs"),
+    ],
+)
+def test_an_impossible_value_is_refused(
+    options: tuple[str, str], problem: str, random_checkpoint: Path, capsys: Capture
+) -> None:
+    assert problem in refused(capsys, str(random_checkpoint), *options)
+
+
+def test_more_ranks_than_cores_are_refused(random_checkpoint: Path) -> None:
+    pinned = f"import os; os.sched_setaffinity(0, {{0}}); {RUN}"
+    done = run(pinned, "serve", str(random_checkpoint), "--tensor-parallel-size", "2")
+    assert done.stderr == "vqserve: error: --tensor-parallel-size 2: 1 CPU cores for that many ranks\n"
+
+
+RUN = "import sys; from vqserve.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+def run(code: str, *argv: str, flags: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, *flags, "-c", code, *argv],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
+    assert done.returncode == 2
+    return done
+
+
+def installed(folder: Path, name: str, version: str) -> None:
+    """Makes `folder` hold a distribution's metadata."""
+    info = folder / f"{name}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", encoding="utf-8")
+
+
+def test_another_version_of_vllm_is_refused(random_checkpoint: Path, tmp_path: Path) -> None:
+    installed(tmp_path, "vllm", "0.33.0")
+    done = run(RUN, "serve", str(random_checkpoint), PYTHONPATH=str(tmp_path))
+    assert done.stderr.startswith("vqserve: error: vLLM 0.32.0 is needed, found 0.33.0;")
+
+
+@pytest.mark.parametrize(("vllm", "problem"), [(False, "vLLM 0.32.0 is needed, found none;"), (True, "not found;")])
+def test_an_incomplete_installation_is_refused(
+    vllm: bool, problem: str, random_checkpoint: Path, tmp_path: Path
+) -> None:
+    # Without site-packages, where both are installed. Up to here `serve` needs the standard library alone.
+    (tmp_path / "vqserve").symlink_to(Path(vqserve.__file__).parent)
+    if vllm:
+        installed(tmp_path, "vllm", "0.32.0")
+    done = run(RUN, "serve", str(random_checkpoint), flags=("-S",), PYTHONPATH=str(tmp_path))
+    assert problem in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("plugins", ["", "lora_filesystem_resolver"])
+def test_a_list_of_plugins_without_ours_is_refused(
+    plugins: str, random_checkpoint: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", plugins)
+    assert f"VLLM_PLUGINS={plugins} keeps vLLM from loading our plugin" in refused(capsys, str(random_checkpoint))

@@ -1,0 +1,161 @@
+"""What the tests do inside a process that has imported vLLM: call these through `EngineProcess`."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from random_checkpoint import read_tensors
+from random_parent import write_weights
+from vqserve.format.flat import BUFFERS
+
+Stream = list[tuple[str, Tensor]]
+
+
+def rotary_error(shape: tuple[int, ...]) -> float:
+    """How far vLLM's CPU operator is from its own torch code, for a query of `shape`, the first axis being tokens."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
+    with set_current_vllm_config(VllmConfig()):
+        rotary = RotaryEmbedding(64, 64, 4096, 10000.0, False, torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    positions, query = torch.arange(shape[0]), torch.randn(shape, generator=generator)
+    key = torch.randn(shape[0], 64, generator=generator)
+    wanted, _ = rotary.forward_native(positions, query.clone(), key.clone())
+    found, _ = rotary.forward_cpu(positions, query.clone(), key.clone())
+    return float((wanted - found).abs().max())
+
+
+def create_config(folder: Path, **options: Any) -> Any:
+    """vLLM's configuration for a checkpoint; nothing is loaded."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(model=str(folder), max_model_len=64, **options).create_engine_config()
+
+
+def load(folder: Path, change: Callable[..., Stream], *arguments: str) -> list[str]:
+    """Loads the tensors of a checkpoint, changed, as vLLM's loader would; returns the methods of the model's layers."""
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed.parallel_state import (
+        cleanup_dist_env_and_memory,
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
+    from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
+
+    config = create_config(folder, dtype="bfloat16")
+    with set_current_vllm_config(config), tempfile.TemporaryDirectory() as meeting:
+        init_distributed_environment(1, 0, f"file://{meeting}/point", 0, "gloo")
+        initialize_model_parallel(1, 1)
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            model = initialize_model(config)
+            model.load_weights(iter(change(list(read_tensors(folder).items()), *arguments)))
+            process_weights_after_loading(model, config.model_config, torch.device("cpu"))
+        finally:
+            torch.set_default_dtype(default)
+            cleanup_dist_env_and_memory()
+    methods = ((name, getattr(module, "quant_method", None)) for name, module in model.named_modules())
+    return [f"{name} {type(method).__name__}" for name, method in methods if method is not None]
+
+
+def unchanged(stream: Stream) -> Stream:
+    return stream
+
+
+def without(stream: Stream, name: str) -> Stream:
+    return [(other, tensor) for other, tensor in stream if other != name]
+
+
+def without_layer(stream: Stream, prefix: str) -> Stream:
+    return [(name, tensor) for name, tensor in stream if not name.startswith(prefix)]
+
+
+def twice(stream: Stream, name: str) -> Stream:
+    return [*stream, *((other, tensor) for other, tensor in stream if other == name)]
+
+
+def cut(stream: Stream, name: str) -> Stream:
+    return [(other, tensor[:-1] if other == name else tensor) for other, tensor in stream]
+
+
+def cast(stream: Stream, name: str) -> Stream:
+    return [(other, tensor.float() if other == name else tensor) for other, tensor in stream]
+
+
+def copied(stream: Stream, name: str, to: str) -> Stream:
+    return [*stream, *((to, tensor) for other, tensor in stream if other == name)]
+
+
+def reload_from(folder: Path, prompt: list[int], engine: Any) -> Tensor:
+    """The logits of the first answer's token after the engine has taken its weights from another checkpoint."""
+    from vllm import SamplingParams
+
+    engine.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+    params = SamplingParams(max_tokens=1, temperature=0, logprobs=-1, detokenize=False)
+    [output] = engine.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+    [row] = output.outputs[0].logprobs
+    return torch.tensor([row[token].logprob for token in sorted(row)])
+
+
+def remove_tensor(folder: Path, name: str) -> None:
+    """Removes a tensor from a checkpoint's files and index, and leaves the rest as it is."""
+    tensors = read_tensors(folder)
+    del tensors[name]
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    write_weights(folder, tensors, 1)
+
+
+def bytes_of_experts(engine: Any) -> list[int]:
+    """Bytes of codes, refinements and scales that each rank holds."""
+    sizes: list[int] = engine.collective_rpc(_bytes_of_experts)
+    return sizes
+
+
+def bytes_of_planes(folder: Path) -> int:
+    """Bytes of codes, refinements and scales in a checkpoint."""
+    parts = (".codes", ".refinement", ".scales")
+    return sum(t.nbytes for name, t in read_tensors(folder).items() if ".experts." in name and name.endswith(parts))
+
+
+def _bytes_of_experts(worker: Any) -> int:
+    parameters = worker.model_runner.model.named_parameters()
+    return sum(parameter.nbytes for name, parameter in parameters if name.rpartition(".")[2] in BUFFERS)
+
+
+def check_operator(seed: int) -> None:
+    """torch's own checks of a custom operator (schema, fake implementation, dispatch), and its result."""
+    from random_experts import GEOMETRY, random_experts
+    from vqserve.reference.moe import moe
+    from vqserve.vllm_plugin import ops
+
+    experts, generator = random_experts(seed), torch.Generator().manual_seed(seed)
+    x = torch.randn(5, GEOMETRY.hidden_size, generator=generator).bfloat16()
+    weights, ids = torch.rand(5, 2, generator=generator), torch.randint(8, (5, 2), generator=generator)
+    books = list(experts.codebooks.values())
+    tables = [table for book in books for table in (book.base, book.refinement) if table is not None]
+    buffers = [experts.buffers[name] for name in BUFFERS]
+    tiers, layout = "".join(book.tier.id for book in books), ops.add_layout(experts.layout)
+    arguments = (x, weights, ids.int(), buffers, tables, tiers, layout, None)
+    torch.library.opcheck(torch.ops.vqserve.moe.default, arguments)
+    assert torch.equal(torch.ops.vqserve.moe(*arguments), moe(x, weights, ids, experts))
+
+
+def register_again() -> tuple[str, int]:
+    """The plugin's configuration class, and how often its name is listed after a second registration."""
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
+    from vllm.plugins import load_general_plugins
+
+    from vqserve.vllm_plugin import register
+
+    load_general_plugins()
+    register()
+    return get_quantization_config("vqserve").__name__, QUANTIZATION_METHODS.count("vqserve")
