@@ -1,0 +1,113 @@
+"""Writes the encoded checkpoint: files of bounded size, each under a temporary name first, the manifest last.
+
+A folder being written holds a hidden marker file, so that a run that was interrupted can go on there, and nothing else
+is ever overwritten.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vqserve.encode.work import remove_unfinished, replacing
+from vqserve.format.errors import UsageError
+from vqserve.format.files import INDEX
+from vqserve.format.layout import TensorSpec, checkpoint_specs
+from vqserve.format.manifest import write_manifest
+from vqserve.format.names import layer_of
+
+MARKER = ".incomplete"
+"""Hidden file in a folder whose checkpoint is not complete yet."""
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "LICENSE",
+)
+"""Files copied from the parent, if it has them."""
+_HEADER_BYTES = 256
+"""Allowed per tensor in a file's header."""
+
+Read = Callable[[str], Tensor]
+
+
+def claim(folder: Path) -> None:
+    """Marks a folder as being written.
+
+    Raises:
+        UsageError: It holds something that no interrupted encode left there.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder}: is a file; give a new or empty folder for the result")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MARKER).is_file():
+        raise UsageError(f"{folder}: not empty; give a new or empty folder for the result")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARKER).touch()
+    remove_unfinished(folder)
+
+
+def write_checkpoint(
+    folder: Path, source: Path, config: Mapping[str, Any], card: str, file_size: int, read: Read
+) -> None:
+    """Writes a checkpoint into a claimed folder and lifts the mark.
+
+    Args:
+        folder: Claimed before.
+        source: The parent's folder, for the tokenizer's files.
+        config: The whole `config.json`.
+        card: The model card, as Markdown.
+        file_size: Bytes that a safetensors file may have; a single tensor may exceed it.
+        read: Gives each tensor by name.
+    """
+    specs = [spec for spec in checkpoint_specs(config).values() if spec.required]
+    files = split(sorted(specs, key=_place), file_size)
+    names = [f"model-{at + 1:05d}-of-{len(files):05d}.safetensors" for at in range(len(files))]
+    for name, content in zip(names, files, strict=True):
+        with replacing(folder / name) as unfinished:
+            save_file({spec.name: read(spec.name).contiguous() for spec in content}, unfinished, {"format": "pt"})
+    total = sum(spec.nbytes for spec in specs)
+    weight_map = {spec.name: name for name, content in zip(names, files, strict=True) for spec in content}
+    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    _write_json(folder / "config.json", config)
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            with replacing(folder / name) as unfinished:
+                shutil.copyfile(source / name, unfinished)
+    with replacing(folder / "README.md") as unfinished:
+        unfinished.write_text(card, encoding="utf-8")
+    write_manifest(folder)
+    (folder / MARKER).unlink()
+
+
+def split(specs: Iterable[TensorSpec], file_size: int) -> list[list[TensorSpec]]:
+    """Spreads tensors over files in the given order, each file filled up to `file_size` bytes."""
+    files: list[list[TensorSpec]] = []
+    room = 0
+    for spec in specs:
+        if not files or spec.nbytes + _HEADER_BYTES > room:
+            files.append([])
+            room = file_size
+        files[-1].append(spec)
+        room -= spec.nbytes + _HEADER_BYTES
+    return files
+
+
+def _place(spec: TensorSpec) -> float:
+    """Embeddings, then layer by layer, then the final norm and the head."""
+    layer = layer_of(spec.name)
+    if layer is not None:
+        return layer
+    return -1 if spec.name.startswith("model.embed") else float("inf")
+
+
+def _write_json(path: Path, value: object) -> None:
+    with replacing(path) as unfinished:
+        unfinished.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,151 @@
+"""Calibration files: what is read, what counts, and what is refused with file and line."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from vqserve.encode.calibration import BATCH_TOKENS, Tokens, read_calibration
+from vqserve.encode.parent import Parent
+from vqserve.format.errors import UsageError
+
+
+@pytest.fixture
+def tokenizer(random_parent: Path) -> PreTrainedTokenizerBase:
+    return Parent(random_parent).tokenizer()
+
+
+def write(folder: Path, *lines: object) -> Path:
+    path = folder / "calibration.jsonl"
+    texts = [line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) for line in lines]
+    path.write_text("\n".join(texts) + "\n", encoding="utf-8")
+    return path
+
+
+def read(path: Path, tokenizer: PreTrainedTokenizerBase, longest: int = 2048) -> Tokens:
+    return read_calibration(path, tokenizer, longest=longest, seed=0)
+
+
+def counted(tokens: Tokens, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text whose prediction counts."""
+    return str(tokenizer.decode(tokens.ids[1:][tokens.predicts[:-1]]))
+
+
+CHAT: list[dict[str, str]] = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "それは2です。"}]
+
+
+def test_every_token_of_a_text_counts_but_the_first(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    tokens = read(write(tmp_path, {"text": "[gMASK]<sop><|user|>三加四？"}), tokenizer)
+    assert tokenizer.decode(tokens.ids) == "[gMASK]<sop><|user|>三加四？"
+    assert tokens.predicts.tolist() == [True] * (len(tokens.ids) - 1) + [False]
+
+
+def test_only_the_completion_counts_after_a_prompt(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    record = {"prompt": "<|user|>三加四？<|assistant|></think>", "completion": "七。<|user|>"}
+    tokens = read(write(tmp_path, record), tokenizer)
+    assert tokenizer.decode(tokens.ids) == record["prompt"] + record["completion"]
+    assert counted(tokens, tokenizer) == record["completion"]
+
+
+def test_chats_go_through_the_chat_template_and_only_the_answer_counts(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}</think>{% endif %}{{ m.content }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{{ '<think>' if enable_thinking else '</think>' }}{% endif %}"
+    )
+    record = {"messages": CHAT, "chat_template_kwargs": {"enable_thinking": False}}
+    tokens = read(write(tmp_path, record), tokenizer)
+    assert tokenizer.decode(tokens.ids) == "<|user|>1+1?<|assistant|></think>それは2です。"
+    assert counted(tokens, tokenizer) == "それは2です。"
+    # With thinking the prompt ends in <think>, which the finished chat does not hold: every token counts.
+    tokens = read(write(tmp_path, {"messages": CHAT, "chat_template_kwargs": {"enable_thinking": True}}), tokenizer)
+    assert counted(tokens, tokenizer).endswith("1+1?<|assistant|></think>それは2です。")
+
+
+def test_long_sequences_are_cut_and_blank_lines_skipped(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    tokens = read(write(tmp_path, {"text": "a" * 500}, "", {"text": "b" * 7}), tokenizer, longest=100)
+    assert sorted(tokens.lengths) == [7, 100]
+
+
+def test_batches_hold_every_token_once_and_padding_is_marked(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> None:
+    tokens = read(write(tmp_path, *({"text": "x" * (2 + (seed + 37 * n) % 300)} for n in range(200))), tokenizer)
+    places = []
+    for batch in tokens.batches():
+        assert batch.index.numel() <= BATCH_TOKENS or len(batch.index) == 1
+        assert batch.valid[:, 0].all()
+        assert (batch.valid.sum(1).diff() <= 0).all()
+        places += batch.index[batch.valid].tolist()
+    assert sorted(places) == list(range(len(tokens.ids)))
+
+
+def test_the_head_is_made_of_whole_leading_sequences(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    tokens = read(write(tmp_path, *({"text": "x" * length} for length in (50, 60, 70))), tokenizer)
+    head = tokens.head(130)
+    assert head.lengths == tokens.lengths[: len(head.lengths)]
+    assert sum(head.lengths) == len(head.ids) == len(head.predicts) <= 130
+    assert tokens.head(1).lengths == tokens.lengths[:1], "one sequence at least"
+
+
+def test_order_depends_on_the_seed_alone(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    path = write(tmp_path, *({"text": f"number {n}"} for n in range(30)))
+    one, same, other = (read_calibration(path, tokenizer, longest=99, seed=seed) for seed in (1, 1, 2))
+    assert one.ids.tolist() == same.ids.tolist() != other.ids.tolist()
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "not json",
+        '"a string"',
+        {},
+        {"text": 3},
+        {"text": "a", "prompt": "b"},
+        {"prompt": "a"},
+        {"messages": []},
+        {"messages": "hello"},
+        {"messages": [{"content": "no role"}]},
+        {"messages": CHAT, "chat_template_kwargs": ["no", "object"]},
+        {"messages": CHAT, "tools": []},
+    ],
+)
+def test_a_bad_line_is_refused_with_file_and_line(
+    bad: object, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    path = write(tmp_path, {"text": "fine"}, bad)
+    with pytest.raises(UsageError, match=rf"{re.escape(str(path))}, line 2: ") as caught:
+        read(path, tokenizer)
+    assert "\n" not in str(caught.value)
+
+
+def test_messages_that_the_chat_template_refuses_are_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = "{{ raise_exception('no such role') }}"
+    with pytest.raises(UsageError, match=r"line 1: the chat template refuses .*no such role"):
+        read(write(tmp_path, {"messages": CHAT}), tokenizer)
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", '{"text": ""}\n'])
+def test_a_file_without_text_is_refused(content: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    path = tmp_path / "empty.jsonl"
+    path.write_text(content)
+    with pytest.raises(UsageError, match=r"empty\.jsonl: no line with text"):
+        read(path, tokenizer)
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00"])
+def test_a_file_that_is_missing_or_not_text_is_refused(
+    content: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    path = tmp_path / "calibration.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UsageError, match=r"calibration\.jsonl: cannot be read as UTF-8 text"):
+        read(path, tokenizer)
