@@ -95,7 +95,8 @@ def test_the_callers_environment_wins(
 
 def test_secrets_are_never_shown(random_checkpoint: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "hush-1")
-    argv = ["serve", str(random_checkpoint), "--print", "--", "--api-key", "hush-2", "--api_key=hush-3"]
+    argv = ["serve", str(random_checkpoint), "--print", "--", "--api-key", "hush-2", "hush-3", "--api_key=hush-4"]
+    argv += ["--api-ke", "hush-5", "--hf-token", "hush-6", "--ssl-keyfile-password=hush-7"]
     assert main(argv) == 0
     assert "hush" not in capsys.readouterr().out
 

@@ -149,3 +149,25 @@ def test_a_file_that_is_missing_or_not_text_is_refused(
         path.write_bytes(content)
     with pytest.raises(UsageError, match=r"calibration\.jsonl: cannot be read as UTF-8 text"):
         read(path, tokenizer)
+
+
+def test_a_file_without_a_token_to_predict_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    path = write(tmp_path, {"prompt": "all prompt, no answer", "completion": ""})
+    with pytest.raises(UsageError, match="no token of an answer"):
+        read(path, tokenizer)
+
+
+def test_a_line_may_hold_what_python_takes_for_a_line_break(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    path = write(tmp_path, {"text": "one\u2028two\u0085three\x0cfour"})
+    assert read(path, tokenizer).lengths == (len(tokenizer.encode("one\u2028two\u0085three\x0cfour")),)
+
+
+def test_the_fingerprint_follows_what_is_read_not_how_it_is_written(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    text, other = {"text": "one two three"}, {"text": "one two seven"}
+    answer = {"prompt": "one two ", "completion": "three"}
+    files = ([text], ["", text, ""], [other], [answer])
+    prints = [read(write(tmp_path, *lines), tokenizer).fingerprint() for lines in files]
+    assert prints[0] == prints[1]
+    assert len(set(prints)) == 3

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from vqserve.encode.scalar import dequantize_spine, encode_spine, minmax_grid, mse_grid, spine_grid
+from vqserve.encode.scalar import encode_spine, minmax_grid, mse_grid, spine_grid
 from vqserve.format.layout import gptq_specs
 from vqserve.format.tiers import GROUP
+from vqserve.reference.gptq import dequantize_gptq
 
 
 def random_problem(seed: int, rows: int = 64, columns: int = 256) -> tuple[Tensor, Tensor]:
@@ -34,13 +35,14 @@ def test_spine_words_hold_eight_columns_each_lowest_bits_first(seed: int) -> Non
         for row in range(weight.shape[0]):
             nibble = (int(words[column // 8, row]) >> 4 * (column % 8)) & 15
             rebuilt[row, column] = (nibble - 8) * float(scales[column // GROUP, row])
-    assert torch.equal(dequantize_spine(tensors), rebuilt)
+    assert torch.equal(dequantize_gptq(tensors["qweight"], tensors["scales"]), rebuilt)
     assert (tensors["qzeros"] == 0x77777777).all(), "zero point 8, stored less one"
 
 
 def test_spine_dequantizes_close_to_the_weight(seed: int) -> None:
     weight, hessian = random_problem(seed)
-    rounded = dequantize_spine(encode_spine(weight, hessian))
+    tensors = encode_spine(weight, hessian)
+    rounded = dequantize_gptq(tensors["qweight"], tensors["scales"])
     alone = spine_grid(weight[None], torch.ones(1, 256)).nearest(weight[None])[0]
     assert output_error(weight, rounded, hessian) < 0.01
     assert output_error(weight, rounded, hessian) < 0.8 * output_error(weight, alone, hessian)
@@ -51,7 +53,7 @@ def test_spine_uses_all_sixteen_levels_and_survives_a_group_of_zeros(seed: int) 
     weight[3, :GROUP] = 0
     tensors = encode_spine(weight, hessian)
     assert tensors["qweight"].view(torch.uint8).bitwise_and(15).unique().tolist() == list(range(16))
-    assert (dequantize_spine(tensors)[3, :GROUP].abs() < 1e-3).all()
+    assert (dequantize_gptq(tensors["qweight"], tensors["scales"])[3, :GROUP].abs() < 1e-3).all()
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3])

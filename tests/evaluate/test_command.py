@@ -3,11 +3,12 @@ from __future__ import annotations
 import json
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from vqserve.cli import main
-from vqserve.evaluate.questions import Result, compare, draw, table
+from vqserve.evaluate.questions import Result, check_same, compare, draw, table
 from vqserve.evaluate.served import Reply
 from vqserve.format.errors import UsageError
 
@@ -45,7 +46,13 @@ def test_results_go_to_a_folder_that_exists(tmp_path: Path, capsys: pytest.Captu
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("", "empty"), ('{"prompt": "a", "completion": "b"}\n{"prompt": 1}', ":2: expected"), ("x", ":1: expected")],
+    [
+        ("", "empty"),
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": 1}', ":2: expected"),
+        ('{"prompt": "", "completion": "b"}', ":1: expected"),
+        ('{"prompt": "a", "completion": 3}', ":1: expected"),
+        ("x", ":1: expected"),
+    ],
 )
 def test_texts_have_to_be_prompts_and_completions(
     text: str, says: str, tmp_path: Path, random_parent: Path, capsys: pytest.CaptureFixture[str]
@@ -98,7 +105,14 @@ def test_two_runs_are_compared_item_by_item() -> None:
     assert paired["p"] == pytest.approx(2 / 2**10)
 
 
-def test_runs_on_other_items_are_not_compared() -> None:
-    now = [r.to_dict() for r in results([True] * 12)]
+@pytest.mark.parametrize("options", [{"seed": 1}, {"per_language": 5}, {"task": "recall"}, {"modes": ["thinking"]}])
+def test_a_run_on_other_items_is_refused(options: dict[str, Any]) -> None:
+    before = [r.to_dict() for r in results([True] * 12)]
+    same: dict[str, Any] = {"task": "arithmetic", "modes": ["direct"], "per_language": 4, "seed": 0}
+    check_same(before, **same)
     with pytest.raises(UsageError, match="--against"):
-        compare(now, now[1:])
+        check_same(before, **same | options)
+
+
+def test_what_is_no_url_is_said_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "cannot be reached" in error_of(capsys, "recall", "http://[::1", "--per-language", "1")

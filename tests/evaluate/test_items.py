@@ -47,14 +47,23 @@ def test_every_step_of_a_working_is_true(seed: int) -> None:
         assert item.thinking.endswith(f"→ {item.answer}")
 
 
-def test_tests_ask_held_out_operands_only_and_training_never_does(seed: int) -> None:
+def test_tests_ask_held_out_operands_only(seed: int) -> None:
     rng = random.Random(seed)
-    for test in (True, False):
-        for _ in range(200):
-            item = sums.sample(rng, test=test)
-            match = re.match(r"(\d+)([-+×])(\d+)", item.direct)
-            assert match
-            assert sums.held_out(match[2], int(match[1]), int(match[3])) == test
+    for _ in range(200):
+        match = re.match(r"(\d+)([-+×])(\d+)", sums.sample(rng, test=True).direct)
+        assert match
+        assert sums.held_out(match[2], int(match[1]), int(match[3]))
+
+
+def test_training_shows_no_held_out_pair_not_even_in_a_working(seed: int) -> None:
+    rng, pair = random.Random(seed), re.compile(r"(\d+)([-+×])(\d+)")
+    for _ in range(500):
+        item = sums.sample(rng, test=False)
+        for text in (item.thinking, item.direct):
+            for at in range(len(text)):
+                match = pair.match(text, at)
+                if match and not text[:at][-1:].isdigit():
+                    assert not sums.held_out(match[2], int(match[1]), int(match[3])), item
 
 
 def test_swapped_operands_share_their_fate() -> None:

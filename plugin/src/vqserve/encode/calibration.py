@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Iterator, Mapping
@@ -50,6 +51,13 @@ class Tokens:
     predicts: Tensor
     lengths: tuple[int, ...]
 
+    def fingerprint(self) -> str:
+        """sha256 of all that results depend on."""
+        digest = hashlib.sha256(repr(self.lengths).encode())
+        for tensor in (self.ids, self.predicts):
+            digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()
+
     def head(self, limit: int) -> Tokens:
         """The leading sequences that together have at most `limit` tokens, one at least."""
         count = total = 0
@@ -87,7 +95,7 @@ def read_calibration(path: Path, tokenizer: PreTrainedTokenizerBase, *, longest:
         UsageError: The file cannot be read, is empty, or a line is not what is expected.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             f"calibration file {path}: cannot be read as UTF-8 text ({error}); give a JSON Lines file"
@@ -108,13 +116,18 @@ def read_calibration(path: Path, tokenizer: PreTrainedTokenizerBase, *, longest:
     random.Random(seed).shuffle(sequences)
     pairs = [pair for sequence in sequences for pair in sequence]
     ids, predicts = zip(*pairs, strict=True)
+    if not any(predicts):
+        raise UsageError(
+            f"calibration file {path}: no token of an answer within {longest} tokens of a line's begin; "
+            "give completions, or shorter prompts"
+        )
     return Tokens(torch.tensor(ids), torch.tensor(predicts), tuple(len(sequence) for sequence in sequences))
 
 
 def _parse(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{where}: not JSON ({error}); give one JSON object per line") from error
     if not isinstance(record, dict) or not _fits(record):
         raise UsageError(f"{where}: {_SCHEMA}")

@@ -82,7 +82,7 @@ large linear layers in 4 bit (GPTQ, group 128); the rest as in the parent. Serve
 | bits per routed-expert weight, scales included | {plan.bits:.4f} |
 | bytes of routed experts | {experts:,} |
 | bytes in all | {total:,} |
-| expected loss, nats per token (second order) | {plan.cost:.5f} |
+| allocation cost | {plan.cost:.5f} |
 | calibration | {origin.calibration}: {origin.tokens:,} tokens, {origin.predictions:,} predictions |
 | encoder | vqserve {origin.version}, seed {origin.seed} |
 
@@ -96,7 +96,8 @@ large linear layers in 4 bit (GPTQ, group 128); the rest as in the parent. Serve
 
 Experts per tier ({", ".join(f"{tier.id}: {tier.bits:g} bit" for tier in TIERS.values())}; scales add
 {TIERS["a"].effective_bits - TIERS["a"].bits:g}), and the squared error of the projection's output relative to the
-output, on the calibration text, averaged over experts.
+output, on the calibration text, averaged over experts. Tiers were chosen for the least allocation cost: a second-order
+estimate of the KL divergence, in nats per token. It ranks choices, but is far below the divergence that is measured.
 
 {_allocation(plan)}
 """

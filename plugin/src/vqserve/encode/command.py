@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     )
     sys.stdout.write(
         f"{args.dst}: {plan.bits:.4f} bits per routed-expert weight, "
-        f"expected loss {plan.cost:.4g} nats per token; serve it with `vqserve serve {args.dst}`\n"
+        f"allocation cost {plan.cost:.4g}; serve it with `vqserve serve {args.dst}`\n"
     )
     return 0
 

@@ -17,7 +17,7 @@ from vqserve.format.tiers import TIERS
 from vqserve.reference.dequantize import Codebook
 from vqserve.reference.pack import pack, pack_scales
 
-STRENGTHS = (0.0, 0.125, 0.5, 2.0)
+STRENGTHS = (0.0, 0.125, 0.5, 2.0, 8.0)
 """Shrinkage strengths tried, in multiples of the number of columns."""
 _HELD_OUT = 8
 """One token in so many is held out to choose the strength."""
@@ -103,7 +103,7 @@ def encode_experts(problem: Problem, codebooks: Mapping[str, Codebook]) -> dict[
 
     Returns:
         Planes of expert number e of the batch as `{e}.{proj}.{tier}.{part}`, in the stored layout, on the CPU;
-        `costs`: expected loss in nats, summed over the calibration tokens, float64 `[B, 3, 4]`;
+        `costs`: second-order estimate of the KL divergence, nats over all calibration tokens, float64 `[B, 3, 4]`;
         `errors`: output error relative to the output, likewise.
     """
     result: dict[str, Tensor] = {}

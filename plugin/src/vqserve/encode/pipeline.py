@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from vqserve.encode.plan import Plan, Table, byte_budget, make_plan
 from vqserve.encode.steps import Job, chunk_name, load_codebooks
 from vqserve.encode.work import Work
 from vqserve.encode.writer import claim, write_checkpoint
+from vqserve.format.errors import UsageError
 from vqserve.format.names import codebook_name, experts_module, layer_of, parse_expert_tensor
 
 LONGEST = 2048
@@ -83,10 +83,12 @@ def encode(
     longest = min(LONGEST, parent.geometry.index_topk)
     tokens = read_calibration(calibration, parent.tokenizer(), longest=longest, seed=seed)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch finds no CUDA GPU here; leave the option out, or install a CUDA build")
     claim(dst)
     key = {
         "parent": parent.fingerprint(),
-        "calibration": hashlib.sha256(calibration.read_bytes()).hexdigest(),
+        "tokens": tokens.fingerprint(),
         "seed": seed,
         "device": target.type,
         "steps": STEPS_VERSION,

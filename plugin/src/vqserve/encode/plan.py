@@ -25,7 +25,9 @@ class Plan:
     Attributes:
         config: The checkpoint's `quantization_config`.
         bits: Bits per weight of the routed experts, scales included, codebooks not.
-        cost: Expected loss in nats per predicted token, to second order: an estimate of the KL divergence.
+        cost: What the allocation minimized: the KL divergence to second order, nats per predicted token. It ranks
+            choices; the measured divergence of the demo is ten times as large, because confident predictions look
+            safe to second order.
         errors: Relative output error of each chosen option, `[layers, experts, 3]`.
     """
 
@@ -58,7 +60,7 @@ def make_plan(geometry: Geometry, bits: float, costs: Table, errors: Table, pred
     Args:
         geometry: The model's sizes.
         bits: Bits per routed-expert weight, scales included.
-        costs: Expected loss in nats over all calibration tokens, `[layers, experts, 3, 4]`.
+        costs: Cost in nats over all calibration tokens (see `experts.encode_experts`), `[layers, experts, 3, 4]`.
         errors: Relative output errors, likewise.
         predictions: Calibration tokens whose prediction counts.
 

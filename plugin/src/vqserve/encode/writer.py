@@ -19,7 +19,7 @@ from vqserve.encode.work import remove_unfinished, replacing
 from vqserve.format.errors import UsageError
 from vqserve.format.files import INDEX
 from vqserve.format.layout import TensorSpec, checkpoint_specs
-from vqserve.format.manifest import write_manifest
+from vqserve.format.manifest import MANIFEST, write_manifest
 from vqserve.format.names import layer_of
 
 MARKER = ".incomplete"
@@ -70,6 +70,8 @@ def write_checkpoint(
     specs = [spec for spec in checkpoint_specs(config).values() if spec.required]
     files = split(sorted(specs, key=_place), file_size)
     names = [f"model-{at + 1:05d}-of-{len(files):05d}.safetensors" for at in range(len(files))]
+    for stale in {*folder.glob("model-*.safetensors"), folder / MANIFEST} - {folder / name for name in names}:
+        stale.unlink(missing_ok=True)  # of an interrupted encode with other options
     for name, content in zip(names, files, strict=True):
         with replacing(folder / name) as unfinished:
             save_file({spec.name: read(spec.name).contiguous() for spec in content}, unfinished, {"format": "pt"})

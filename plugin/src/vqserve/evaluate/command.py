@@ -67,12 +67,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _questions(args: argparse.Namespace) -> dict[str, Any]:
-    from vqserve.evaluate.questions import MODES, compare, measure, table
+    from vqserve.evaluate.questions import MODES, check_same, compare, measure, table
     from vqserve.evaluate.served import Server
 
     before = _read_run(args.against) if args.against else None
     server = Server(args.url, args.model, args.concurrency)
     modes = list(MODES) if args.mode == "both" else [args.mode]
+    if before is not None:
+        check_same(before, args.task, modes, per_language=args.per_language, seed=args.seed)
     results = measure(
         args.task, server, modes, per_language=args.per_language, seed=args.seed, progress=sys.stderr.isatty()
     )
@@ -101,6 +103,8 @@ def _questions(args: argparse.Namespace) -> dict[str, Any]:
 def _read_run(path: Path) -> list[dict[str, Any]]:
     try:
         items: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["items"]
+        for item in items:
+            item["mode"], item["question"], item["expected"], item["right"]
     except FileNotFoundError as cause:
         raise UsageError(f"--against {path}: no such file; write one with --json") from cause
     except (ValueError, KeyError, TypeError) as cause:
@@ -164,14 +168,23 @@ def _read_samples(path: Path) -> list[Any]:
 
     if not path.is_file():
         raise UsageError(f"--text {path}: no such file")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as cause:
+        raise UsageError(f"--text {path}: not UTF-8 ({cause})") from cause
     samples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             record = json.loads(line)
-            samples.append(Sample("text", record["prompt"], record["completion"]))
-        except (ValueError, KeyError, TypeError) as cause:
-            expected = '{"prompt": "...", "completion": "..."}'
-            raise UsageError(f"--text {path}:{number}: expected {expected}") from cause
+            texts = record["prompt"], record["completion"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            texts = ("", "")
+        if not all(isinstance(text, str) and text for text in texts):
+            expected = '{"prompt": "...", "completion": "..."}, neither empty'
+            raise UsageError(f"--text {path}:{number}: expected {expected}")
+        samples.append(Sample("text", *texts))
     if not samples:
         raise UsageError(f"--text {path}: empty")
     return samples

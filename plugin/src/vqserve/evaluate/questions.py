@@ -91,21 +91,25 @@ def table(results: Sequence[Result]) -> list[dict[str, Any]]:
     return rows
 
 
+def check_same(
+    before: Sequence[Mapping[str, Any]], task: str, modes: Sequence[str], *, per_language: int, seed: int
+) -> None:
+    """Refuse, before anything is asked, to compare with a run on other items.
+
+    Raises:
+        UsageError: That run had another task, seed, size or modes.
+    """
+    wanted = [(mode, item.question, item.answer) for mode in modes for item in draw(task, per_language, seed)]
+    if wanted != [(row["mode"], row["question"], row["expected"]) for row in before]:
+        raise UsageError("--against: expected a run of the same task, seed, size and modes; run that one again")
+
+
 def compare(now: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Paired comparison of two runs on the same items (`Result.to_dict` of each).
 
     Returns:
         `gained` and `lost` items, and McNemar's exact two-sided `p`.
-
-    Raises:
-        UsageError: They are not the same items.
     """
-
-    def keys(rows: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
-        return [(row["mode"], row["question"], row["expected"]) for row in rows]
-
-    if keys(now) != keys(before):
-        raise UsageError("--against: expected a run of the same task, seed, size and modes; run that one again")
     gained = sum(a["right"] and not b["right"] for a, b in zip(now, before, strict=True))
     lost = sum(b["right"] and not a["right"] for a, b in zip(now, before, strict=True))
     return {"gained": gained, "lost": lost, "p": mcnemar(gained, lost)}

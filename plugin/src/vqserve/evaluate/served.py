@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import httpx2
 import openai
 from tqdm import tqdm
 
@@ -56,7 +57,7 @@ class Server:
         """
         try:
             return asyncio.run(self._ask(items, thinking, progress))
-        except openai.APIConnectionError as cause:
+        except (openai.APIConnectionError, httpx2.InvalidURL) as cause:
             raise UsageError(f"{self.url}: cannot be reached; start a server with `vqserve serve PATH`") from cause
         except openai.AuthenticationError as cause:
             raise UsageError(f"{self.url}: asks for an API key; put it into VLLM_API_KEY") from cause

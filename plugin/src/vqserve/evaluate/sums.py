@@ -1,12 +1,14 @@
 """Arithmetic in three languages: bare sums and word problems over + - × with up to four digits.
 
-One in twenty operand pairs, chosen by a hash, is held out: training and calibration never see it, `vqserve eval
-arithmetic` asks nothing else.
+One in twenty operand pairs, chosen by a hash, is held out: training and calibration never see it solved, not even as a
+step of a working; `vqserve eval arithmetic` asks nothing else. Pairs of single digits are in every working and so never
+held out.
 """
 
 from __future__ import annotations
 
 import random
+import re
 
 from vqserve.evaluate.items import Item, choose_language, last_line, stable_hash
 
@@ -46,6 +48,8 @@ KINDS = {"+": 3, "-": 3, "×": 4, "word +": 1, "word -": 1, "word ×": 1, "word 
 
 def held_out(operator: str, a: int, b: int) -> bool:
     """Whether this operand pair is kept for tests; a + b and b + a, a × b and b × a share their fate."""
+    if max(a, b) < 10:
+        return False
     pair = (a, b) if operator == "-" else (min(a, b), max(a, b))
     return stable_hash("operands", operator, *pair) % 20 == 0
 
@@ -132,11 +136,21 @@ def sample(rng: random.Random, *, test: bool, language: str | None = None) -> It
     """
     language = language or choose_language(rng)
     kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
-    operator = kind.removeprefix("word ")[0]
     while True:
-        a, b = (rng.randint(2, 30), rng.randint(2, 30)) if kind == "word ×+" else operands(rng, operator)
-        if held_out(operator, a, b) == test:
-            break
+        item, pair = _draw(rng, language, kind)
+        if held_out(*pair) if test else not shows_held_out(f"{item.thinking} {item.direct}"):
+            return item
+
+
+def shows_held_out(text: str) -> bool:
+    """Whether a text has a held-out pair with its operator anywhere."""
+    pairs = re.findall(r"(?=(?<!\d)(\d+)([-+×])(\d+))", text)
+    return any(held_out(operator, int(a), int(b)) for a, operator, b in pairs)
+
+
+def _draw(rng: random.Random, language: str, kind: str) -> tuple[Item, tuple[str, int, int]]:
+    operator = kind.removeprefix("word ")[0]
+    a, b = (rng.randint(2, 30), rng.randint(2, 30)) if kind == "word ×+" else operands(rng, operator)
     value = RESULTS[operator](a, b)
     thinking, working = WORKINGS[operator](a, b), one_line(operator, a, b)
     if kind.startswith("word"):
@@ -149,7 +163,8 @@ def sample(rng: random.Random, *, test: bool, language: str | None = None) -> It
     else:
         question = _bare_question(rng, language, operator, a, b)
     final = ANSWERS[language].format(n=value)
-    return Item(language, kind, question, thinking, final, f"{working}\n{final}", str(value))
+    item = Item(language, kind, question, thinking, final, f"{working}\n{final}", str(value))
+    return item, (operator, a, b)
 
 
 def is_right(item: Item, text: str) -> bool:
