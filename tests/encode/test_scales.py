@@ -21,7 +21,9 @@ def random_problem(seed: int) -> tuple[Tensor, Tensor, Tensor]:
     unit = weight + 0.5 * torch.randn(2, ROWS, COLUMNS, generator=generator)
     inputs = torch.randn(2, 900, COLUMNS, generator=generator)
     inputs = inputs @ torch.randn(2, COLUMNS, COLUMNS, generator=generator)
-    return weight, unit, inputs.mT @ inputs / 900
+    hessian = inputs.mT @ inputs / 900
+    # A random mixing can be so close to singular that its square is not positive in fp32.
+    return weight, unit, hessian + 1e-3 * hessian.diagonal(dim1=1, dim2=2).mean() * torch.eye(COLUMNS)
 
 
 def test_refit_finds_the_least_squares_solution_of_every_row(seed: int) -> None:
