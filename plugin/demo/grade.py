@@ -10,8 +10,8 @@ from torch import Tensor
 from data import IGNORED, LINE_TOKENS, TURN_TOKENS, Renderer, prompt_text
 from model import Model
 from tokenizer import stop_ids
-from vqserve.evaluate import almanac, lists, sums
-from vqserve.evaluate.items import LANGUAGES, Item
+from vqserve.evaluate import almanac, lists
+from vqserve.evaluate.items import LANGUAGES
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -23,7 +23,7 @@ def _forward(model: Model, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def generate(model: Model, prompts: list[list[int]], stops: list[int], *, most: int = 224) -> list[list[int] | None]:
+def generate(model: Model, prompts: list[list[int]], stops: list[int], *, most: int) -> list[list[int] | None]:
     """Greedy completions of many prompts at once; None for one that has not ended after `most` tokens."""
     device = next(model.parameters()).device
     lengths = torch.tensor([len(p) for p in prompts], device=device)
@@ -45,23 +45,18 @@ def generate(model: Model, prompts: list[list[int]], stops: list[int], *, most: 
     return [table[i][first[i] : last[i]] if ended[i] else None for i in range(len(prompts))]
 
 
-def answers(model: Model, items: list[Item], *, thinking: bool, most: int = 224) -> list[bool]:
-    """Whether each item is answered right, greedily, and the answer ended."""
-    render = Renderer()
-    prompts = [list(render.tokenizer.encode(prompt_text(item, thinking=thinking)).ids) for item in items]
-    results = []
-    for item, ids in zip(items, generate(model, prompts, stop_ids(), most=most), strict=True):
-        text = render.tokenizer.decode(ids).split("</think>")[-1] if ids is not None else ""
-        results.append((almanac if item.kind.startswith("fact") else sums).is_right(item, text))
-    return results
-
-
 def recall(model: Model, persons: int, *, count: int = 100) -> dict[str, float]:
-    """Share of facts about the first `persons` recalled, with thinking and without."""
-    rng = random.Random(8)
+    """Share of facts about the first `persons` recalled, greedily and to the end, with thinking and without."""
+    rng, render, table = random.Random(8), Renderer(), {}
     items = [almanac.sample(rng, persons=persons) for _ in range(count)]
-    modes = {"thinking": True, "direct": False}
-    return {mode: sum(answers(model, items, thinking=on, most=64)) / count for mode, on in modes.items()}
+    for mode, thinking in (("thinking", True), ("direct", False)):
+        prompts = [list(render.tokenizer.encode(prompt_text(item, thinking=thinking)).ids) for item in items]
+        right = 0
+        for item, ids in zip(items, generate(model, prompts, stop_ids(), most=64), strict=True):
+            text = render.tokenizer.decode(ids).split("</think>")[-1] if ids is not None else ""
+            right += almanac.is_right(item, text)
+        table[mode] = right / count
+    return table
 
 
 @torch.no_grad()

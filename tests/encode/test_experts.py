@@ -51,7 +51,7 @@ def test_planes_dequantize_to_the_errors_and_costs_that_are_reported(seed: int) 
     }
     sensitivities = {proj: torch.rand(EXPERTS, rows, generator=generator) for proj, (rows, _) in SHAPES.items()}
     codebooks = random_codebooks(generator)
-    found = encode_experts(Problem(weights, hessians, sensitivities, {}), codebooks)
+    found = encode_experts(Problem(weights, hessians, sensitivities), codebooks)
     for at in range(EXPERTS):
         for p, proj in enumerate(PROJECTIONS):
             for t, letter in enumerate(TIERS):

@@ -33,13 +33,11 @@ class Problem:
         weights: By projection, float32 `[B, R, C]`.
         hessians: By projection, float32 `[B, C, C]`; gate and up share theirs.
         sensitivities: By projection, float32 `[B, R]`.
-        strengths: Chosen shrinkage in tokens, by projection.
     """
 
     weights: Mapping[str, Tensor]
     hessians: Mapping[str, Tensor]
     sensitivities: Mapping[str, Tensor]
-    strengths: Mapping[str, float]
 
 
 def state_problem(
@@ -80,7 +78,6 @@ def state_problem(
             "down_proj": shrink(fit_inner + test_inner, inner, None),
         },
         sensitivities(routing.part(0, len(gradient)), gradient, experts, weights),
-        {"gate_proj": outer, "up_proj": outer, "down_proj": inner},
     )
 
 
