@@ -50,7 +50,7 @@ format: .venv/.dev
 ## lock    resolve the locks anew; UPGRADE=--upgrade takes newer versions
 .PHONY: lock
 lock: .venv/.dev
-	$(LOCK) plugin/pyproject.toml --extra cpu --override $(LOCKS)/overrides.txt $(LOCK_TORCH) -o $(LOCKS)/cpu.txt
+	$(LOCK) plugin/pyproject.toml --extra cpu --extra plot --override $(LOCKS)/overrides.txt $(LOCK_TORCH) -o $(LOCKS)/cpu.txt
 	$(LOCK) --group pyproject.toml:dev --constraint $(LOCKS)/cpu.txt -o $(LOCKS)/dev.txt
 
 # Debian 12 has glibc 2.36. LOCK_TORCH says where uv finds the CPU build of torch: uv reads none of pip's configuration.

@@ -255,7 +255,7 @@ def test_a_codebook_that_is_not_finite_is_refused_with_row_and_column(checkpoint
             tensors[f"model.layers.{layer}.mlp.experts.routed_experts.codebook_c"][200, 3] = value
 
     _change_tensors(checkpoint, poison)
-    assert "codebook_c: expected finite fp16 values, found NaN or infinity at row 200, column 3" in _refusal(checkpoint)
+    assert "codebook_c: expected finite values, found NaN or infinity at [200, 3]" in _refusal(checkpoint)
 
 
 def test_zero_points_that_are_not_symmetric_are_refused(checkpoint: Path) -> None:

@@ -56,6 +56,8 @@ FOREIGN = {
     "indexer_types": ["full", "shared", "full", "full", "shared"],
 }
 
+THREE_HEADS = {**CONFIG, "num_attention_heads": 3, "num_key_value_heads": 3}
+
 
 def _vq(layer: int, letters: str) -> VQModule:
     return VQModule(experts_module(layer), dict.fromkeys(PROJECTIONS, letters))
@@ -257,6 +259,8 @@ def test_the_small_model_shards_over_two_ranks_and_glm_5_2_over_sixteen() -> Non
         (CONFIG, 4, "num_attention_heads = 2 is not a multiple of it; use 2"),
         ({**CONFIG, "moe_intermediate_size": 384}, 2, "moe_intermediate_size = 384 does not split into 2 parts"),
         ({**CONFIG, "intermediate_size": 384}, 2, r"mlp.down_proj has 384 columns, .* 2 parts"),
+        (THREE_HEADS, 3, "vocab_size, from 640 padded to a multiple of 64, = 640 is not a multiple of it; use 1"),
+        ({**THREE_HEADS, "vocab_size": 192}, 3, "intermediate_size = 512 is not a multiple of it; use 1"),
         (CONFIG, 0, "expected at least 1; use 1"),
     ],
 )
@@ -264,6 +268,20 @@ def test_a_size_that_does_not_divide_is_refused_with_the_reason(config: dict[str
     geometry = Geometry.from_dict(config)
     with pytest.raises(UsageError, match=reason):
         check_shardable(geometry, size, Spine(spine_modules(geometry)))
+
+
+def test_whole_experts_need_not_split() -> None:
+    geometry = Geometry.from_dict({**CONFIG, "moe_intermediate_size": 128, "n_shared_experts": 2})
+    check_shardable(geometry, 2, Spine(spine_modules(geometry)), whole_experts=True)
+    with pytest.raises(UsageError, match="moe_intermediate_size = 128 does not split into 2 parts"):
+        check_shardable(geometry, 2, Spine(spine_modules(geometry)))
+
+
+def test_more_ranks_than_whole_experts_are_refused() -> None:
+    sizes = {"num_attention_heads": 8, "intermediate_size": 1024, "moe_intermediate_size": 1024, "n_routed_experts": 4}
+    geometry = Geometry.from_dict({**CONFIG, **sizes})
+    with pytest.raises(UsageError, match="n_routed_experts = 4 is not one for each rank; use 4"):
+        check_shardable(geometry, 8, Spine(spine_modules(geometry)), whole_experts=True)
 
 
 def test_what_4_bit_can_store_does_not_depend_on_what_is_listed() -> None:

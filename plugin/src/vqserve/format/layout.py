@@ -28,6 +28,9 @@ SPINE_COLUMNS = GROUP
 SPINE_ROWS = 64
 """A linear layer goes to 4 bit if its in-features are a multiple of the one and its out-features of the other."""
 
+_VOCABULARY_BLOCK = 64
+"""vLLM pads the vocabulary to a multiple of this before it splits it."""
+
 _FUSED = (("q_a_proj", "kv_a_proj_with_mqa"), ("gate_proj", "up_proj"))
 """Linear layers that vLLM fuses into one: both in 4 bit or neither."""
 
@@ -289,37 +292,63 @@ def shard_slice(length: int, tp_rank: int, tp_size: int) -> slice:
     return slice(length // tp_size * tp_rank, length // tp_size * (tp_rank + 1))
 
 
-def check_shardable(geometry: Geometry, tp_size: int, spine: Spine | None = None) -> None:
+def check_shardable(
+    geometry: Geometry, tp_size: int, spine: Spine | None = None, *, whole_experts: bool = False
+) -> None:
     """Checks that `tp_size` ranks can share the model.
+
+    Args:
+        geometry: The model's sizes.
+        tp_size: How many ranks.
+        spine: The layers stored in 4 bit; None if there are none.
+        whole_experts: Whether the ranks share the experts out, instead of splitting each (expert parallelism).
 
     Raises:
         UsageError: They cannot; the message names the size that does not divide and the largest that does.
     """
-    reason = _not_shardable(geometry, tp_size, spine)
-    if reason is not None:
-        fits = max(size for size in range(1, max(tp_size, 2)) if _not_shardable(geometry, size, spine) is None)
-        raise UsageError(f"tensor parallel size {tp_size}: {reason}; use {fits}")
+
+    def reason(ranks: int) -> str | None:
+        return _not_shardable(geometry, ranks, whole_experts) or _spine_not_shardable(geometry, ranks, spine)
+
+    problem = reason(tp_size)
+    if problem is not None:
+        fits = max(size for size in range(1, max(tp_size, 2)) if reason(size) is None)
+        raise UsageError(f"tensor parallel size {tp_size}: {problem}; use {fits}")
 
 
-def _not_shardable(geometry: Geometry, tp_size: int, spine: Spine | None) -> str | None:
-    if tp_size < 1:
+def _not_shardable(geometry: Geometry, ranks: int, whole_experts: bool) -> str | None:
+    if ranks < 1:
         return "expected at least 1"
-    if geometry.num_attention_heads % tp_size:
-        return f"num_attention_heads = {geometry.num_attention_heads} is not a multiple of it"
-    if geometry.moe_intermediate_size % (GROUP * tp_size):
+    padded = -(-geometry.vocab_size // _VOCABULARY_BLOCK) * _VOCABULARY_BLOCK
+    sizes = {
+        "num_attention_heads": geometry.num_attention_heads,
+        f"vocab_size, from {geometry.vocab_size} padded to a multiple of {_VOCABULARY_BLOCK},": padded,
+        "intermediate_size": geometry.intermediate_size if geometry.first_k_dense_replace else 0,
+        "the shared experts' width": geometry.shared_intermediate_size if whole_experts else 0,
+    }
+    for what, size in sizes.items():
+        if size % ranks:
+            return f"{what} = {size} is not a multiple of it"
+    if whole_experts and geometry.n_routed_experts < ranks:
+        return f"n_routed_experts = {geometry.n_routed_experts} is not one for each rank"
+    if not whole_experts and geometry.moe_intermediate_size % (GROUP * ranks):
         return (
-            f"moe_intermediate_size = {geometry.moe_intermediate_size} does not split into {tp_size} parts "
+            f"moe_intermediate_size = {geometry.moe_intermediate_size} does not split into {ranks} parts "
             f"of whole groups of {GROUP} columns"
         )
+    return None
+
+
+def _spine_not_shardable(geometry: Geometry, ranks: int, spine: Spine | None) -> str | None:
     listed = set(spine.modules if spine else ())
     for name, (rows, columns) in spine_shapes(geometry).items():
         if name not in listed:
             continue
         leaf = name.rpartition(".")[2]
-        if leaf in ("o_proj", "down_proj") and columns % (GROUP * tp_size):
-            return f"{name} has {columns} columns, which do not split into {tp_size} parts of whole groups of {GROUP}"
-        if leaf in ("q_b_proj", "gate_proj", "up_proj") and rows % (SPINE_ROWS * tp_size):
-            return f"{name} has {rows} rows, which do not split into {tp_size} multiples of {SPINE_ROWS}"
+        if leaf in ("o_proj", "down_proj") and columns % (GROUP * ranks):
+            return f"{name} has {columns} columns, which do not split into {ranks} parts of whole groups of {GROUP}"
+        if leaf in ("q_b_proj", "gate_proj", "up_proj") and rows % (SPINE_ROWS * ranks):
+            return f"{name} has {rows} rows, which do not split into {ranks} multiples of {SPINE_ROWS}"
     return None
 
 

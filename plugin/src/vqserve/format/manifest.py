@@ -6,15 +6,19 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
-from vqserve.format.errors import ManifestError
+from vqserve.format.errors import CheckpointError, ManifestError
 from vqserve.format.strict_json import read_object
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
+
+Report = Callable[[CheckpointError], object]
+"""What a check does with something wrong: raise it (`refuse`), or note it and go on to the next."""
 
 # Also what keeps a path inside the folder: no separator, no leading dot, no longer than a file system takes.
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,200}")
@@ -35,22 +39,28 @@ class FileRecord:
     sha256: str
 
 
+def refuse(problem: CheckpointError) -> NoReturn:
+    """The `Report` of a check that stops at the first thing wrong."""
+    raise problem
+
+
 def sha256_file(path: Path) -> str:
     """The sha256 of a file's content in lower-case hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def plain_file(folder: Path, name: str, source: str) -> Path:
+def plain_file(folder: Path, name: str, source: str, *, links: bool = False) -> Path:
     """The path of a file called `name` in `folder`.
 
     Args:
         folder: The checkpoint.
         name: The name as `source` gives it.
         source: What names it, for the error.
+        links: Whether it may be a link to a file outside, as all files are in the cache of a model hub.
 
     Raises:
-        ManifestError: The name is not a plain file name, or there is no such regular file inside the folder.
+        ManifestError: The name is not a plain file name, or there is no such regular file, or it lies outside.
     """
     if _PLAIN_NAME.fullmatch(name) is None:
         problem = f"expected plain file names inside the folder, found {name}"
@@ -59,7 +69,7 @@ def plain_file(folder: Path, name: str, source: str) -> Path:
     if not path.is_file():
         problem = "is a dangling link" if path.is_symlink() else "is missing, or is not a regular file"
         raise ManifestError(str(path), f"named by {source}, but {problem}", _RESTORE)
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if not links and not path.resolve().is_relative_to(folder.resolve()):
         problem = f"expected a file inside the folder, found a link to {path.resolve()}"
         raise ManifestError(str(path), problem, "copy the checkpoint with its links followed (cp -rL)")
     return path
@@ -80,11 +90,22 @@ def build_manifest(folder: Path) -> dict[str, FileRecord]:
 
 def write_manifest(folder: Path) -> None:
     """Writes `manifest.json` for the files that are in `folder` now; it appears whole or not at all."""
-    files = {name: {"size": record.size, "sha256": record.sha256} for name, record in build_manifest(folder).items()}
-    text = json.dumps({"manifest_version": MANIFEST_VERSION, "files": files}, indent=2) + "\n"
-    unfinished = folder / f".{MANIFEST}.unfinished"
-    unfinished.write_text(text, encoding="utf-8")
+    unfinished = _unfinished(folder, MANIFEST, _to_json(build_manifest(folder)))
     unfinished.replace(folder / MANIFEST)
+
+
+def replace_file(folder: Path, name: str, content: bytes) -> None:
+    """Replaces one file of a finished checkpoint, and its record in the manifest; no other file is read.
+
+    Both are written out under temporary names first, so that only a kill between two renames can part them.
+
+    Raises:
+        ManifestError: The manifest is not valid.
+    """
+    records = read_manifest(folder) | {name: FileRecord(len(content), hashlib.sha256(content).hexdigest())}
+    file, manifest = _unfinished(folder, name, content), _unfinished(folder, MANIFEST, _to_json(records))
+    file.replace(folder / name)
+    manifest.replace(folder / MANIFEST)
 
 
 def read_manifest(folder: Path) -> dict[str, FileRecord]:
@@ -119,21 +140,59 @@ def check_manifest(folder: Path, digests: bool) -> dict[str, FileRecord]:
         ManifestError: The manifest is not valid, or a file is missing, surplus, or differs.
     """
     records = read_manifest(folder)
+    check_sizes(folder, records)
+    for name, record in records.items() if digests else ():
+        check_digest(folder / name, record, sha256_file(folder / name))
+    return records
+
+
+def check_sizes(folder: Path, records: Mapping[str, FileRecord], report: Report = refuse) -> list[str]:
+    """Checks that the folder holds exactly the files of `records`, each in its size.
+
+    Returns:
+        The names of those that are there in their size.
+
+    Raises:
+        ManifestError: With `refuse`: a file is missing, surplus, or of another size.
+    """
     for name in _visible_files(folder):
         if name not in records:
-            raise ManifestError(
-                str(folder / name), f"surplus: {MANIFEST} does not name it", "remove it from the folder"
-            )
+            surplus = f"surplus: {MANIFEST} does not name it"
+            report(ManifestError(str(folder / name), surplus, "remove it from the folder"))
+    right = []
     for name, record in records.items():
-        path = plain_file(folder, name, MANIFEST)
+        try:
+            path = plain_file(folder, name, MANIFEST)
+        except ManifestError as problem:
+            report(problem)
+            continue
         size = path.stat().st_size
-        if size != record.size:
-            raise ManifestError(str(path), f"expected {record.size} bytes, found {size}", _RESTORE)
-    for name, record in records.items() if digests else ():
-        found = sha256_file(folder / name)
-        if found != record.sha256:
-            raise ManifestError(str(folder / name), f"expected sha256 {record.sha256}, found {found}", _RESTORE)
-    return records
+        if size == record.size:
+            right.append(name)
+        else:
+            report(ManifestError(str(path), f"expected {record.size} bytes, found {size}", _RESTORE))
+    return right
+
+
+def check_digest(path: Path, record: FileRecord, found: str, report: Report = refuse) -> None:
+    """Checks the sha256 `found` of a file against its record.
+
+    Raises:
+        ManifestError: With `refuse`: it is another.
+    """
+    if found != record.sha256:
+        report(ManifestError(str(path), f"expected sha256 {record.sha256}, found {found}", _RESTORE))
+
+
+def _to_json(records: Mapping[str, FileRecord]) -> bytes:
+    files = {name: {"size": record.size, "sha256": record.sha256} for name, record in records.items()}
+    return (json.dumps({"manifest_version": MANIFEST_VERSION, "files": files}, indent=2) + "\n").encode()
+
+
+def _unfinished(folder: Path, name: str, content: bytes) -> Path:
+    path = folder / f".{name}.unfinished"
+    path.write_bytes(content)
+    return path
 
 
 def _visible_files(folder: Path) -> list[str]:

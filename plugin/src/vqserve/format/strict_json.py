@@ -9,6 +9,8 @@ from typing import Any, NoReturn
 
 from vqserve.format.errors import CheckpointError
 
+MAX_FILE_BYTES = 100_000_000
+
 _RESTORE = "restore the file from where the checkpoint came from"
 
 
@@ -40,9 +42,12 @@ def read_object(path: Path, error: type[CheckpointError] = CheckpointError) -> d
     """Reads a file that holds one JSON object.
 
     Raises:
-        CheckpointError: As `error`: the file cannot be read, or `parse_object` refuses it.
+        CheckpointError: As `error`: the file cannot be read, is too large, or `parse_object` refuses it.
     """
     try:
+        size = path.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise error(str(path), f"expected JSON of at most {MAX_FILE_BYTES} bytes, found {size}", _RESTORE)
         data = path.read_bytes()
     except OSError as cause:
         raise error(str(path), f"cannot be read: {cause.strerror}", "check the path and its permissions") from cause

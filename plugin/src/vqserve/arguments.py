@@ -1,0 +1,31 @@
+"""Types of command-line arguments that several subcommands take, for argparse's `type`."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1.
+
+    Raises:
+        ArgumentTypeError: It is not one.
+    """
+    if not (text.isascii() and text.isdecimal()) or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def size(text: str) -> int:
+    """A number of bytes, such as `500MiB` or `4GiB`; K, M and G are powers of 1024 with or without `iB`.
+
+    Raises:
+        ArgumentTypeError: It is not one, or 0.
+    """
+    found = re.fullmatch(r"([0-9]+)\s*([KMG]?)(?:i?B)?", text.strip())
+    if found is None or int(found[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500MiB or 4GiB")
+    return int(found[1]) * _UNITS[found[2]]

@@ -1,0 +1,1 @@
+"""Commands that read a checkpoint without running it: inspect, verify, plan, card."""
