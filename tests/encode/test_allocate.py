@@ -76,6 +76,13 @@ def test_an_impossible_budget_is_refused() -> None:
         allocate(costs, sizes, int(sizes.min(1).sum()) - 1)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_cost_that_is_not_finite_never_chooses(value: float) -> None:
+    costs, sizes = np.array([[3.0, 1.0], [2.0, value]]), np.array([[1, 2], [1, 2]])
+    with pytest.raises(AssertionError, match="NaN and infinity"):
+        allocate(costs, sizes, 3)
+
+
 def test_items_that_cost_nothing_get_no_bytes() -> None:
     costs, sizes = random_instance(1, 40, equal=True)
     costs[7] = 0.0

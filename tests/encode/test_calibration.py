@@ -126,6 +126,23 @@ def test_a_bad_line_is_refused_with_file_and_line(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"text": "fine until \ud800 here"},
+        {"prompt": "a", "completion": "\udfff"},
+        {"messages": [{"role": "user", "content": "\ude00\ud83d"}]},
+    ],
+)
+def test_half_a_surrogate_pair_is_refused_with_file_and_line(
+    record: dict[str, Any], tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    path = tmp_path / "calibration.jsonl"
+    path.write_text(json.dumps({"text": "\U0001f600 is whole"}) + "\n" + json.dumps(record) + "\n")
+    with pytest.raises(UsageError, match=re.escape(f"{path}, line 2: \\u") + "d[8-f].. without its other half"):
+        read(path, tokenizer)
+
+
 def test_messages_that_the_chat_template_refuses_are_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = "{{ raise_exception('no such role') }}"
     with pytest.raises(UsageError, match=r"line 1: the chat template refuses .*no such role"):

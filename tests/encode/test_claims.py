@@ -9,12 +9,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import GlmMoeDsaForCausalLM
+from transformers import GlmMoeDsaForCausalLM, PreTrainedTokenizerBase
 
 from data import answer_text, prompt_text
 from vqserve.encode import steps
@@ -22,64 +23,91 @@ from vqserve.encode.assign import factorize
 from vqserve.encode.calibration import read_calibration
 from vqserve.encode.experts import Problem
 from vqserve.encode.parent import Parent
+from vqserve.encode.pipeline import tables
+from vqserve.encode.plan import make_plan
 from vqserve.encode.steps import Job
-from vqserve.encode.vq import REFITS, encode_matrices
+from vqserve.encode.vq import encode_matrices
 from vqserve.encode.work import Work
 from vqserve.evaluate import almanac, sums
 from vqserve.evaluate.items import LANGUAGES
 from vqserve.evaluate.kl import Divergence, Sample, divergence
 from vqserve.evaluate.load import load_model, load_tokenizer
+from vqserve.format.config import PROJECTIONS
+from vqserve.format.names import experts_module
 from vqserve.format.tiers import TIERS
+from vqserve.reference.dequantize import dequantize
 
 PER_LANGUAGE = 60
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-Measure = Callable[..., Divergence]
+
+@dataclass(frozen=True)
+class Bench:
+    """The demo's parent, everything known about it, and a model to put encoded experts into."""
+
+    job: Job
+    original: GlmMoeDsaForCausalLM
+    model: GlmMoeDsaForCausalLM
+    tokenizer: PreTrainedTokenizerBase
+    samples: list[Sample]
+
+    def ablated(self, letter: str, *, euclidean: bool, order: bool) -> Divergence:
+        """All experts in one tier, by other choices than `vqserve encode` makes, and no refit of scales."""
+        codebook = steps.load_codebooks(self.job.work)[letter]
+
+        def encode(problem: Problem, proj: str) -> Tensor:
+            weight, hessian = problem.weights[proj], problem.hessians[proj]
+            factor = factorize(hessian, codebook.tier.d, order=order)
+            return encode_matrices(weight, hessian, factor, codebook, refits=0, euclidean=euclidean).dequantize(
+                codebook
+            )
+
+        for layer, chunk in self.job.chunks:
+            problem = steps.state_problem(self.job, layer, chunk)
+            self._put(layer, chunk, {proj: encode(problem, proj) for proj in PROJECTIONS})
+        return self._measure()
+
+    def encoded(self, choose: Callable[[int, int, str], str]) -> Divergence:
+        """Every projection as `vqserve encode` encodes it, in the tier that `choose` gives to layer, expert, name."""
+        codebooks = steps.load_codebooks(self.job.work)
+        for layer, chunk in self.job.chunks:
+            stored, found = self.job.work.load(steps.chunk_name(layer, chunk)), dict[str, Tensor]()
+            for proj in PROJECTIONS:
+                weights = []
+                for at, expert in enumerate(chunk):
+                    letter = choose(layer, expert, proj)
+                    start = f"{at}.{proj}.{letter}."
+                    planes = {name.removeprefix(start): t for name, t in stored.items() if name.startswith(start)}
+                    weights.append(dequantize(planes, codebooks[letter], proj))
+                found[proj] = torch.stack(weights)
+            self._put(layer, chunk, found)
+        return self._measure()
+
+    def _put(self, layer: int, experts: range, weights: dict[str, Tensor]) -> None:
+        module = self.model.get_submodule(f"model.layers.{layer}.mlp.experts")
+        chosen = slice(experts.start, experts.stop)
+        module.get_parameter("gate_up_proj").data[chosen] = torch.cat([weights["gate_proj"], weights["up_proj"]], dim=1)
+        module.get_parameter("down_proj").data[chosen] = weights["down_proj"]
+
+    def _measure(self) -> Divergence:
+        return divergence(self.original, self.model, self.tokenizer, self.samples)["all"]
 
 
 @pytest.fixture(scope="module")
-def job(demo_parent: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """The demo's parent with all statistics and codebooks gathered."""
+def bench(demo_parent: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """All steps of an encode, done."""
     parent = Parent(demo_parent)
     tokens = read_calibration(demo_parent.with_name("calibration.jsonl"), parent.tokenizer(), longest=2048, seed=0)
-    job = Job(parent, tokens, Work(tmp_path_factory.mktemp("claims") / "work", {}), torch.device("cpu"), seed=0)
+    job = Job(parent, tokens, Work(tmp_path_factory.mktemp("claims")), torch.device("cpu"), seed=0)
     for layer in range(parent.geometry.num_hidden_layers):
         steps.survey(job, layer)
     for layer in reversed(parent.geometry.moe_layers):
         steps.gradient(job, layer)
     with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         list(pool.map(lambda d: steps.codebooks(job, d), steps.WIDTHS))
-    return job
-
-
-@pytest.fixture(scope="module")
-def measure(job: Job) -> Measure:
-    """Encodes all experts in one tier and measures the KL divergence from the parent."""
-    problems = [(layer, chunk, steps.state_problem(job, layer, chunk)) for layer, chunk in job.chunks]
-    original, model = load_model(job.parent.folder), load_model(job.parent.folder)
-    tokenizer, samples = load_tokenizer(job.parent.folder), draw_samples()
-    codebooks = steps.load_codebooks(job.work)
-
-    def encode(problem: Problem, proj: str, letter: str, refits: int, euclidean: bool, order: bool) -> Tensor:
-        factor = factorize(problem.hessians[proj], TIERS[letter].d, order=order)
-        encoded = encode_matrices(
-            problem.weights[proj],
-            problem.hessians[proj],
-            factor,
-            codebooks[letter],
-            refits=refits,
-            euclidean=euclidean,
-        )
-        return encoded.dequantize(codebooks[letter])
-
-    def result(letter: str, *, refits: int = REFITS, euclidean: bool = False, order: bool = True) -> Divergence:
-        for layer, chunk, problem in problems:
-            found = {proj: encode(problem, proj, letter, refits, euclidean, order) for proj in problem.weights}
-            put(model, layer, chunk, found)
-        return divergence(original, model, tokenizer, samples)["all"]
-
-    return result
+        list(pool.map(lambda chunk: steps.experts(job, *chunk), job.chunks))
+    return Bench(job, load_model(demo_parent), load_model(demo_parent), load_tokenizer(demo_parent), draw_samples())
 
 
 def draw_samples() -> list[Sample]:
@@ -92,14 +120,6 @@ def draw_samples() -> list[Sample]:
     return samples
 
 
-def put(model: GlmMoeDsaForCausalLM, layer: int, experts: range, weights: dict[str, Tensor]) -> None:
-    """Replaces the weights of some experts of a layer."""
-    module = model.get_submodule(f"model.layers.{layer}.mlp.experts")
-    chosen = slice(experts.start, experts.stop)
-    module.get_parameter("gate_up_proj").data[chosen] = torch.cat([weights["gate_proj"], weights["up_proj"]], dim=1)
-    module.get_parameter("down_proj").data[chosen] = weights["down_proj"]
-
-
 def show(capsys: pytest.CaptureFixture[str], bits: float, rows: dict[str, Divergence]) -> None:
     with capsys.disabled():
         for name, row in rows.items():
@@ -108,12 +128,12 @@ def show(capsys: pytest.CaptureFixture[str], bits: float, rows: dict[str, Diverg
 
 
 def test_divergence_is_lower_than_euclidean_gptq_vq_and_the_refit_is_worth_a_third_at_one_bit(
-    measure: Measure, capsys: pytest.CaptureFixture[str]
+    bench: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = {
-        "Euclidean GPTQ-VQ": measure("a", refits=0, euclidean=True, order=False),
-        "metric and order": measure("a", refits=0),
-        "metric, order and scale refit": measure("a"),
+        "Euclidean GPTQ-VQ": bench.ablated("a", euclidean=True, order=False),
+        "metric and order": bench.ablated("a", euclidean=False, order=True),
+        "metric, order and scale refit": bench.encoded(lambda *_: "a"),
     }
     show(capsys, 1, rows)
     euclidean, plain, ours = (row.mean for row in rows.values())
@@ -122,12 +142,28 @@ def test_divergence_is_lower_than_euclidean_gptq_vq_and_the_refit_is_worth_a_thi
 
 
 def test_divergence_is_lower_than_euclidean_gptq_vq_at_two_bit(
-    measure: Measure, capsys: pytest.CaptureFixture[str]
+    bench: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = {
-        "Euclidean GPTQ-VQ": measure("c", refits=0, euclidean=True, order=False),
-        "metric, order and scale refit": measure("c"),
+        "Euclidean GPTQ-VQ": bench.ablated("c", euclidean=True, order=False),
+        "metric, order and scale refit": bench.encoded(lambda *_: "c"),
     }
     show(capsys, 2, rows)
     euclidean, ours = (row.mean for row in rows.values())
     assert ours < euclidean
+
+
+def test_allocated_tiers_halve_the_divergence_of_one_tier_for_all_at_equal_bytes(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    geometry, bits = bench.job.parent.geometry, TIERS["c"].effective_bits
+    plan = make_plan(geometry, bits, *tables(bench.job), predictions=1)
+    modules = {module.name: module for module in plan.config.modules}
+    rows = {
+        "one tier for all": bench.encoded(lambda *_: "c"),
+        "allocated": bench.encoded(lambda layer, expert, proj: modules[experts_module(layer)].tiers[proj][expert]),
+    }
+    show(capsys, bits, rows)
+    assert plan.bits <= bits
+    uniform, allocated = (row.mean for row in rows.values())
+    assert allocated < uniform / 2

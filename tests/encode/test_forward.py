@@ -94,16 +94,19 @@ def test_backward_through_the_layers_equals_autograd_through_the_whole_model(
         torch.testing.assert_close(at, wanted, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_squared_fisher_gradient_predicts_the_divergence_of_a_small_change(
-    parent: Parent, whole: nn.Module, tokens: Tokens
+    temperature: float, parent: Parent, whole: nn.Module, tokens: Tokens
 ) -> None:
     hidden = layer_outputs(parent, tokens)[-1]
     norm, head = whole.get_submodule("model.norm"), whole.get_submodule("lm_head")
     step = 0.01 * torch.randn(hidden.shape[1], generator=torch.Generator().manual_seed(3)).expand_as(hidden)
-    before, after = (head(norm(h)).double().log_softmax(-1)[tokens.predicts] for h in (hidden, hidden + step))
+    before, after = (
+        (head(norm(h)).double() / temperature).log_softmax(-1)[tokens.predicts] for h in (hidden, hidden + step)
+    )
     divergence = (before.exp() * (before - after)).sum()
     squares = [
-        (fisher_gradient(parent, tokens, hidden, CPU, seed) * step).double().sum(1).square().sum() / 2
+        (fisher_gradient(parent, tokens, hidden, CPU, seed, temperature) * step).double().sum(1).square().sum() / 2
         for seed in range(200)
     ]
     mean, spread = torch.stack(squares).mean(), torch.stack(squares).std() / 200**0.5

@@ -5,24 +5,27 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
-from random_parent import make_random_parent
+from encode.mortal import encode_until
+from random_checkpoint import read_tensors
+from random_parent import make_random_parent, write_weights
 from vqserve import cli
 from vqserve.encode.parent import Parent
 from vqserve.encode.pipeline import encode
-from vqserve.encode.writer import MARKER
+from vqserve.encode.work import open_work
+from vqserve.encode.writer import MARKER, claimed
 from vqserve.format.config import PROJECTIONS
 from vqserve.format.files import check_checkpoint
-from vqserve.format.manifest import MANIFEST, sha256_file
+from vqserve.format.manifest import sha256_file
 from vqserve.format.names import codebook_name, expert_tensor
 from vqserve.format.tiers import TIERS
 from vqserve.reference.dequantize import Codebook, dequantize
@@ -143,45 +146,47 @@ def test_another_budget_reuses_the_work_and_more_bits_cost_less(
         check_checkpoint(tmp_path / f"{bits}")
 
 
+def read_all(folder: Path) -> None:
+    """Under a final name a file is whole."""
+    for path in (*folder.glob("[!.]*.safetensors"), *(folder / "work").glob("[!.]*.safetensors")):
+        load_file(path)
+
+
 @pytest.mark.slow
 def test_an_encode_killed_again_and_again_ends_with_the_same_bytes(
-    parent: Path, calibration: Path, encoded: Path, tmp_path: Path
+    parent: Path, calibration: Path, encoded: Path, tmp_path: Path, seed: int
 ) -> None:
-    destination = tmp_path / "result"
-    command = [str(Path(sys.executable).with_name("vqserve"))]
+    destination, random = tmp_path / "result", Random(seed)
     # One worker, where `encoded` was made with one per core: that must not matter either.
-    command += arguments(parent, destination, calibration, "--file-size", str(FILE_SIZE), "--workers", "1")
-    for awaited in ("hidden-2", "gradient-2", "experts-1-4"):
-        process = subprocess.Popen(command)
-        deadline = time.monotonic() + 120
-        while not (destination / "work" / f"{awaited}.safetensors").exists():
-            assert process.poll() is None, "the encoder ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert (destination / MARKER).exists()
-        assert not (destination / MANIFEST).exists()
-        for path in (*destination.glob("*.safetensors"), *(destination / "work").glob("[!.]*.safetensors")):
-            load_file(path)  # under a final name a file is whole
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    command = arguments(parent, destination, calibration, "--file-size", str(FILE_SIZE), "--workers", "1")
+    for kill_at in (random.randint(1, 12), *random.choices(range(1, 50), k=3)):
+        assert encode_until(command, destination, kill_at) == (-9, kill_at)
+        read_all(destination)
+    assert encode_until(command, destination)[0] == 0
     assert digests(destination) == digests(encoded)
     assert sorted(path.name for path in destination.iterdir() if path.is_dir()) == []
 
 
-def test_an_encode_interrupted_while_writing_goes_on_there(
-    parent: Path, calibration: Path, work: Path, encoded: Path, tmp_path: Path
+@pytest.mark.slow
+def test_an_encode_killed_while_it_writes_or_clears_away_ends_with_the_same_bytes(
+    parent: Path, calibration: Path, work: Path, encoded: Path, tmp_path: Path, seed: int
 ) -> None:
-    destination = tmp_path / "result"
-    shutil.copytree(encoded, destination)
-    # As a crash leaves it: the marker, no manifest, one file missing and half of it under its temporary name.
-    (destination / MARKER).touch()
-    (destination / MANIFEST).unlink()
-    last = max(destination.glob("*.safetensors"))
-    (destination / f".{last.name}.unfinished").write_bytes(last.read_bytes()[:1000])
-    last.unlink()
-    encode(parent, destination, bits=2.0, calibration=calibration, progress=False, file_size=FILE_SIZE, work=work)
-    assert digests(destination) == digests(encoded)
+    random, last = Random(seed), 0
+    for part in (None, (0.0, 0.3), (0.3, 0.6), (0.6, 1.0)):
+        destination = tmp_path / f"{part}"
+        shutil.copytree(work, destination / "work")
+        (destination / MARKER).touch()
+        command = arguments(parent, destination, calibration, "--file-size", str(FILE_SIZE))
+        if part is not None:
+            kill_at = 1 + int(random.uniform(*part) * last)
+            assert encode_until(command, destination, kill_at) == (-9, kill_at)
+            assert (destination / MARKER).exists(), "the last thing to go"
+            read_all(destination)
+        code, changes = encode_until(command, destination)
+        assert code == 0
+        last = last or changes
+        assert digests(destination) == digests(encoded)
+        assert sorted(path.name for path in destination.iterdir() if path.is_dir()) == []
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -227,6 +232,61 @@ def test_a_source_that_lacks_a_tensor_is_refused_and_the_tensor_named(
     assert "mlp.gate.weight" in line or "mlp.experts.6" in line
 
 
+def with_weights(parent: Path, folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
+    """A copy of the parent with other weights."""
+    shutil.copytree(parent, folder)
+    tensors = read_tensors(folder)
+    change(tensors)
+    write_weights(folder, tensors, 2)
+    return folder
+
+
+def test_weights_that_are_not_finite_are_refused_and_the_tensor_named(
+    parent: Path, calibration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "model.layers.2.mlp.experts.1.down_proj.weight"
+    bad = with_weights(parent, tmp_path / "bad", lambda tensors: tensors[name][3].fill_(float("nan")))
+    line = refused(capsys, *arguments(bad, tmp_path / "out", calibration))
+    assert f"{name}: expected finite values, found nan at [3, 0]" in line
+
+
+def test_weights_too_large_to_compute_with_are_refused_and_the_layer_named(
+    parent: Path, calibration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "model.layers.1.self_attn.q_a_layernorm.weight"
+    large = with_weights(parent, tmp_path / "large", lambda tensors: tensors[name].fill_(1e38))
+    line = refused(capsys, *arguments(large, tmp_path / "out", calibration))
+    assert "model.layers.1: the outputs of this layer are not finite" in line
+
+
+@pytest.mark.slow
+def test_damaged_work_is_named_and_done_again(
+    parent: Path, calibration: Path, encoded: Path, work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = [f"{name}.safetensors" for name in ("experts-2-4", "gradient-1", "routing-1", "spine-0")]
+    shutil.copytree(work, tmp_path / "work")
+    for name in damaged:
+        os.truncate(tmp_path / "work" / name, 1000)
+    destination = tmp_path / "result"
+    options = ["--file-size", str(FILE_SIZE), "--work", str(tmp_path / "work")]
+    assert cli.main(arguments(parent, destination, calibration, *options)) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"vqserve: {tmp_path / 'work' / name}: damaged; its step runs again" for name in damaged]
+    assert digests(destination) == digests(encoded)
+
+
+def test_a_second_encode_into_the_same_folder_is_refused_while_the_first_runs(
+    parent: Path, calibration: Path, work: Path, encoded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    with claimed(out):
+        line = refused(capsys, *arguments(parent, out, calibration, "--work", str(work)))
+    assert f"{out}: another encode is at work in this folder; wait until it ends" in line
+    with open_work(work, json.loads((work / "key.json").read_text())):
+        line = refused(capsys, *arguments(parent, tmp_path / "other", calibration, "--work", str(work)))
+    assert f"{work}: another encode is at work in this folder; wait until it ends" in line
+
+
 def test_a_destination_with_something_in_it_is_refused_and_left_alone(
     parent: Path, calibration: Path, encoded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -243,10 +303,15 @@ def test_a_work_folder_of_another_encode_is_refused(
 ) -> None:
     other = arguments(parent, tmp_path / "out", calibration, "--work", str(work), "--seed", "1")
     assert "another encode (seed, tokens differ)" in refused(capsys, *other)
+    assert not (tmp_path / "out").exists()
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter.txt").touch()
     foreign = arguments(parent, tmp_path / "out", calibration, "--work", str(tmp_path / "home"))
     assert "not a work folder" in refused(capsys, *foreign)
+    for folder in (tmp_path / "out", tmp_path / "out" / "work", tmp_path):
+        nested = arguments(parent, tmp_path / "out", calibration, "--work", str(folder))
+        assert "choose a folder apart from the result" in refused(capsys, *nested)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_bad_calibration_file_or_budget_is_refused_before_anything_is_written(

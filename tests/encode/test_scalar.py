@@ -56,6 +56,14 @@ def test_spine_uses_all_sixteen_levels_and_survives_a_group_of_zeros(seed: int) 
     assert (dequantize_gptq(tensors["qweight"], tensors["scales"])[3, :GROUP].abs() < 1e-3).all()
 
 
+def test_spine_of_tiny_weights_is_as_close_as_that_of_ordinary_ones(seed: int) -> None:
+    weight, hessian = random_problem(seed)
+    shrunk = 2.0**-30  # bf16 steps go far below the smallest normal fp16
+    plain, tiny = encode_spine(weight, hessian), encode_spine(weight * shrunk, hessian)
+    assert torch.equal(tiny["qweight"], plain["qweight"])
+    assert torch.equal(tiny["scales"].float(), plain["scales"].float() * shrunk)
+
+
 @pytest.mark.parametrize("bits", [1, 2, 3])
 def test_mse_grid_beats_minmax_grid_and_compensation_beats_rounding(bits: int, seed: int) -> None:
     weight, hessian = random_problem(seed)

@@ -7,7 +7,7 @@ import pytest
 from torch import Tensor
 
 from random_checkpoint import read_tensors
-from vqserve.encode.writer import claim, write_checkpoint
+from vqserve.encode.writer import claimed, write_checkpoint
 from vqserve.format.files import check_checkpoint, read_config
 
 
@@ -27,10 +27,9 @@ def test_an_interrupted_write_resumed_with_other_file_sizes_leaves_nothing_behin
         return tensors[name]
 
     folder = tmp_path / "result"
-    claim(folder)
-    with pytest.raises(Interruption):
+    with pytest.raises(Interruption), claimed(folder):
         write_checkpoint(folder, random_parent, config, "card", 1 << 20, interrupted)
-    claim(folder)
-    write_checkpoint(folder, random_parent, config, "card", 3 << 20, lambda name: tensors[name])
+    with claimed(folder):
+        write_checkpoint(folder, random_parent, config, "card", 3 << 20, lambda name: tensors[name])
     found = check_checkpoint(folder, digests=True)
     assert found.tensors.keys() == tensors.keys()

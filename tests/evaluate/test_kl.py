@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,8 +9,10 @@ import pytest
 import torch
 
 from random_checkpoint import read_tensors
+from random_parent import write_weights
 from vqserve.evaluate.kl import Sample, divergence
 from vqserve.evaluate.load import dequantized, load_model, load_tokenizer
+from vqserve.format.errors import TensorError
 from vqserve.format.files import check_checkpoint
 
 
@@ -31,6 +34,17 @@ def test_a_checkpoint_loads_as_exactly_its_dequantized_weights(
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name].to(tensor.dtype), tensor), name
+
+
+@pytest.mark.parametrize("leaf", ["self_attn.o_proj", "mlp.experts.5.up_proj"])
+def test_an_unquantized_checkpoint_that_lacks_a_tensor_is_refused_by_name(
+    leaf: str, random_parent: Path, tmp_path: Path
+) -> None:
+    folder, tensors = shutil.copytree(random_parent, tmp_path / "parent"), read_tensors(random_parent)
+    del tensors[f"model.layers.2.{leaf}.weight"]
+    write_weights(folder, tensors, 2)
+    with pytest.raises(TensorError, match=rf"^model\.layers\.2\.{leaf}\.weight: missing: no file holds it"):
+        load_model(folder)
 
 
 def test_a_model_does_not_diverge_from_itself(random_parent: Path, samples: list[Sample]) -> None:

@@ -27,6 +27,7 @@ def allocate(costs: NDArray[np.float64], sizes: NDArray[np.int64], budget: int) 
     Raises:
         ValueError: Even the smallest options do not fit.
     """
+    assert np.isfinite(costs).all(), "NaN and infinity would choose without a word"
     smallest = int(sizes.min(1).sum())
     if smallest > budget:
         raise ValueError(f"a budget of {budget} bytes is below the smallest possible, {smallest}")

@@ -106,6 +106,7 @@ def read_calibration(path: Path, tokenizer: PreTrainedTokenizerBase, *, longest:
             continue
         where = f"calibration file {path}, line {number}"
         prompt, text = _render(_parse(line, where), tokenizer, where)
+        _check_characters(text, where)
         sequence = _tokenize(prompt, text, tokenizer, longest)
         if len(sequence) > 1:
             sequences.append(sequence)
@@ -166,6 +167,15 @@ def _render(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where
         raise UsageError(f"{where}: the chat template refuses these messages ({error}); correct them") from error
     # Templates may render a past answer unlike the one being generated (thinking dropped): then every token counts.
     return (str(prompt) if str(text).startswith(str(prompt)) else ""), str(text)
+
+
+def _check_characters(text: str, where: str) -> None:
+    """JSON can write half of a surrogate pair, which is no character and has no token."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise UsageError(f"{where}: {half} without its other half is no character; correct the text") from error
 
 
 def _tokenize(prompt: str, text: str, tokenizer: PreTrainedTokenizerBase, longest: int) -> list[tuple[int, bool]]:

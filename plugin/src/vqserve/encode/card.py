@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from vqserve.encode.plan import Plan
+from vqserve.encode.steps import SENSITIVITY_TEMPERATURE
+from vqserve.format.card import scores_section
 from vqserve.format.config import PROJECTIONS, VQModule
 from vqserve.format.geometry import Geometry
 from vqserve.format.layout import checkpoint_specs, expert_specs
 from vqserve.format.tiers import TIERS
 
-SCORES_BEGIN, SCORES_END = "<!-- scores: begin -->", "<!-- scores: end -->"
-"""Between these lines `vqserve eval` results belong."""
-_NO_SCORES = "Not measured yet."
 _LICENSE = re.compile(r"^license:\s*(\S.*?)\s*$", re.MULTILINE)
 
 
@@ -82,37 +81,24 @@ large linear layers in 4 bit (GPTQ, group 128); the rest as in the parent. Serve
 | bits per routed-expert weight, scales included | {plan.bits:.4f} |
 | bytes of routed experts | {experts:,} |
 | bytes in all | {total:,} |
-| allocation cost | {plan.cost:.5f} |
+| allocation cost | {plan.cost:.3g} |
 | calibration | {origin.calibration}: {origin.tokens:,} tokens, {origin.predictions:,} predictions |
 | encoder | vqserve {origin.version}, seed {origin.seed} |
 
 ## Scores
 
-{SCORES_BEGIN}
-{_NO_SCORES}
-{SCORES_END}
+{scores_section("Not measured yet.")}
 
 ## Where the bits went
 
 Experts per tier ({", ".join(f"{tier.id}: {tier.bits:g} bit" for tier in TIERS.values())}; scales add
 {TIERS["a"].effective_bits - TIERS["a"].bits:g}), and the squared error of the projection's output relative to the
-output, on the calibration text, averaged over experts. Tiers were chosen for the least allocation cost: a second-order
-estimate of the KL divergence, in nats per token. It ranks choices, but is far below the divergence that is measured.
+output, on the calibration text, averaged over experts. Tiers were chosen for the least allocation cost: to second
+order, the KL divergence of predictions at temperature {SENSITIVITY_TEMPERATURE:g}, in nats per token. It ranks
+choices; what the encoding costs is among the scores.
 
 {_allocation(plan)}
 """
-
-
-def with_scores(card: str, scores: str) -> str:
-    """The card with its scores replaced.
-
-    Raises:
-        ValueError: It has no place for them.
-    """
-    begin, end = card.find(SCORES_BEGIN), card.find(SCORES_END)
-    if not 0 <= begin < end:
-        raise ValueError(f"the model card has no {SCORES_BEGIN} ... {SCORES_END}")
-    return f"{card[: begin + len(SCORES_BEGIN)]}\n{scores.strip()}\n{card[end:]}"
 
 
 def _allocation(plan: Plan) -> str:

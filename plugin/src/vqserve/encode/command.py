@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
+from vqserve.arguments import positive, size
 from vqserve.encode.pipeline import FILE_SIZE, encode
 from vqserve.format.tiers import TIERS
-
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bits",
         type=float,
         required=True,
-        help=f"bits per routed-expert weight, scales included: {reachable[0]:g} to {reachable[-1]:g}",
+        help=f"per routed-expert weight, scales included, codebooks not: {reachable[0]:g} to {reachable[-1]:g}",
     )
     parser.add_argument(
         "--calibration",
@@ -35,10 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="same inputs and seed, same bytes (default: 0)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute (default: a GPU if there is one)")
-    parser.add_argument("--workers", type=_positive, help="steps at once on the CPU (default: one per core)")
+    parser.add_argument("--workers", type=positive, help="steps at once on the CPU (default: one per core)")
     parser.add_argument(
         "--file-size",
-        type=_size,
+        type=size,
         default=FILE_SIZE,
         metavar="SIZE",
         help="largest file of the result, e.g. 500MiB (default: 4GiB)",
@@ -80,16 +78,3 @@ def run(args: argparse.Namespace) -> int:
         f"allocation cost {plan.cost:.4g}; serve it with `vqserve serve {args.dst}`\n"
     )
     return 0
-
-
-def _size(text: str) -> int:
-    found = re.fullmatch(r"(\d+)\s*([KMG]?)(?:i?B)?", text.strip())
-    if found is None or int(found[1]) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500MiB or 4GiB")
-    return int(found[1]) * _UNITS[found[2]]
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)

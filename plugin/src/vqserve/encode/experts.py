@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -81,18 +82,26 @@ def state_problem(
     )
 
 
-def choose_strength(weight: Tensor, fit: Moments, test: Moments, codebook: Codebook, pooled: Tensor | None) -> float:
-    """The shrinkage strength, in tokens, with the least mean relative output error on held-out tokens."""
-    seen = test.tokens > 0
+def choose_strength(weight: Tensor, fit: Moments, test: Moments, codebook: Codebook, pooled: Tensor | None) -> Tensor:
+    """The shrinkage strength with the least mean relative output error on held-out tokens.
+
+    Returns:
+        In tokens, float32 `[B]`: the same for all experts but those without an output on held-out tokens. They have few
+        tokens to trust, and take the strongest.
+    """
     energy = ((weight @ test.sums) * weight).sum((1, 2))
-    losses = {}
-    for strength in (share * weight.shape[-1] for share in STRENGTHS):
+    seen = energy > 0
+    strengths = [share * weight.shape[-1] for share in STRENGTHS]
+    best, least = strengths[-1], math.inf
+    for strength in strengths if seen.any() else ():
         hessian = shrink(fit, strength, pooled)
         encoded = encode_matrices(weight, hessian, factorize(hessian, codebook.tier.d), codebook, refits=0)
         error = weight - encoded.dequantize(codebook)
         loss = ((error @ test.sums) * error).sum((1, 2)) / energy
-        losses[strength] = float(loss[seen].mean()) if seen.any() else 0.0
-    return min(losses, key=lambda strength: losses[strength])
+        mean = float(loss[seen].mean())
+        if mean < least:
+            best, least = strength, mean
+    return torch.where(seen, best, strengths[-1])
 
 
 def encode_experts(problem: Problem, codebooks: Mapping[str, Codebook]) -> dict[str, Tensor]:
@@ -100,7 +109,8 @@ def encode_experts(problem: Problem, codebooks: Mapping[str, Codebook]) -> dict[
 
     Returns:
         Planes of expert number e of the batch as `{e}.{proj}.{tier}.{part}`, in the stored layout, on the CPU;
-        `costs`: second-order estimate of the KL divergence, nats over all calibration tokens, float64 `[B, 3, 4]`;
+        `costs`: second-order estimate of the KL divergence at `steps.SENSITIVITY_TEMPERATURE`, nats over all
+        calibration tokens, float64 `[B, 3, 4]`;
         `errors`: output error relative to the output, likewise.
     """
     result: dict[str, Tensor] = {}
@@ -108,7 +118,8 @@ def encode_experts(problem: Problem, codebooks: Mapping[str, Codebook]) -> dict[
     costs, errors = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
     for p, proj in enumerate(PROJECTIONS):
         weight, hessian = problem.weights[proj], problem.hessians[proj]
-        energy = ((weight @ hessian) * weight).sum((1, 2))
+        # Pruned experts, all 0, are encoded exactly: error 0 of output 0.
+        energy = ((weight @ hessian) * weight).sum((1, 2)).clamp_min(torch.finfo(torch.float32).tiny)
         factors = {d: factorize(hessian, d) for d in {tier.d for tier in TIERS.values()}}
         for t, (letter, tier) in enumerate(TIERS.items()):
             encoded = encode_matrices(weight, hessian, factors[tier.d], codebooks[letter])

@@ -99,7 +99,9 @@ def embed(parent: Parent, tokens: Tokens, dtype: torch.dtype) -> Tensor:
     return parent.tensor("model.embed_tokens.weight")[tokens.ids].to(dtype)
 
 
-def fisher_gradient(parent: Parent, tokens: Tokens, hidden: Tensor, device: torch.device, seed: int) -> Tensor:
+def fisher_gradient(
+    parent: Parent, tokens: Tokens, hidden: Tensor, device: torch.device, seed: int, temperature: float = 1.0
+) -> Tensor:
     """The gradient of the model's own log-likelihood with respect to the last layer's outputs.
 
     Labels are drawn from the model's predictions, so that the expected square of this gradient is the Fisher
@@ -111,6 +113,7 @@ def fisher_gradient(parent: Parent, tokens: Tokens, hidden: Tensor, device: torc
         hidden: Outputs of the last layer, `[T, C]` on the CPU.
         device: To compute on.
         seed: Of the drawn labels.
+        temperature: That predictions are made at: logits are divided by it.
 
     Returns:
         Like `hidden`; 0 where the prediction does not count.
@@ -119,7 +122,7 @@ def fisher_gradient(parent: Parent, tokens: Tokens, hidden: Tensor, device: torc
     norm = GlmMoeDsaRMSNorm(parent.geometry.hidden_size, _config(parent).rms_norm_eps).to(device)
     norm.load_state_dict({"weight": parent.tensor("model.norm.weight").to(device, dtype)}, assign=True)
     norm.requires_grad_(False)
-    head = parent.tensor("lm_head.weight").to(device, dtype)
+    head = parent.tensor("lm_head.weight").to(device, dtype) / temperature
     generator = torch.Generator().manual_seed(seed)
     result = torch.zeros_like(hidden)
     for part in tokens.predicts.nonzero()[:, 0].split(_HEAD_TOKENS):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -22,21 +22,20 @@ from vqserve.encode.card import Origin, model_card, parent_license
 from vqserve.encode.parent import Parent
 from vqserve.encode.plan import Plan, Table, byte_budget, make_plan
 from vqserve.encode.steps import Job, chunk_name, load_codebooks
-from vqserve.encode.work import Work
-from vqserve.encode.writer import claim, write_checkpoint
+from vqserve.encode.work import check_work, open_work
+from vqserve.encode.writer import check_free, claimed, write_checkpoint
 from vqserve.format.errors import UsageError
 from vqserve.format.names import codebook_name, experts_module, layer_of, parse_expert_tensor
 
 LONGEST = 2048
 """Calibration sequences are cut to so many tokens (or the model's `index_topk`, if less)."""
 FILE_SIZE = 4 * 2**30
-STEPS_VERSION = 1
+STEPS_VERSION = 2
 """Part of the work folder's key: raised when a step's results change."""
 _WORK = "work"
 _TABLES = ("costs", "errors")
 
-Step = tuple[str, Callable[[], None]]
-"""The name of its result, and what makes it."""
+Step = Callable[[], None]
 
 
 def encode(
@@ -75,7 +74,7 @@ def encode(
         What was chosen.
 
     Raises:
-        UsageError: A path, the calibration file or the number of bits cannot be used.
+        UsageError: A path, the calibration file or the number of bits cannot be used, or another encode is at work.
         CheckpointError: The parent is not a checkpoint that can be encoded.
     """
     parent = Parent(src)
@@ -85,7 +84,6 @@ def encode(
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if target.type == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch finds no CUDA GPU here; leave the option out, or install a CUDA build")
-    claim(dst)
     key = {
         "parent": parent.fingerprint(),
         "tokens": tokens.fingerprint(),
@@ -93,38 +91,47 @@ def encode(
         "device": target.type,
         "steps": STEPS_VERSION,
     }
-    job = Job(parent, tokens, Work(work or dst / _WORK, key), target, seed)
-    _run_steps(job, workers, progress)
-    costs, errors = _tables(job)
-    predictions = int(tokens.predicts.sum())
-    plan = make_plan(parent.geometry, bits, costs, errors, predictions)
-    config = parent.config | {"quantization_config": plan.config.to_dict()}
-    origin = Origin(
-        base_model=base_model or src.resolve().name,
-        license=license_name or parent_license(src),
-        calibration=calibration.name,
-        tokens=len(tokens.ids),
-        predictions=predictions,
-        seed=seed,
-        version=__version__,
-    )
-    write_checkpoint(dst, src, config, model_card(plan, origin, config), file_size, _Reader(job, plan))
-    if work is None:
-        shutil.rmtree(dst / _WORK)
+    place = work or dst / _WORK
+    if work and (work.resolve().is_relative_to(dst.resolve()) or dst.resolve().is_relative_to(work.resolve())):
+        raise UsageError(f"--work {work}: lies in {dst}, or around it; choose a folder apart from the result")
+    check_free(dst)
+    check_work(place, key)
+    with claimed(dst), open_work(place, key) as results:
+        for path in results.discard_damaged():
+            sys.stderr.write(f"vqserve: {path}: damaged; its step runs again\n")
+        job = Job(parent, tokens, results, target, seed)
+        _run_steps(job, workers, progress)
+        costs, errors = tables(job)
+        predictions = int(tokens.predicts.sum())
+        plan = make_plan(parent.geometry, bits, costs, errors, predictions)
+        config = parent.config | {"quantization_config": plan.config.to_dict()}
+        origin = Origin(
+            base_model=base_model or src.resolve().name,
+            license=license_name or parent_license(src),
+            calibration=calibration.name,
+            tokens=len(tokens.ids),
+            predictions=predictions,
+            seed=seed,
+            version=__version__,
+        )
+        write_checkpoint(dst, src, config, model_card(plan, origin, config), file_size, _Reader(job, plan))
+        if work is None:
+            results.clear()
     return plan
 
 
 def _run_steps(job: Job, workers: int | None, progress: bool) -> None:
     """Runs all steps whose results are not there yet."""
     work, layers, moe = job.work, job.parent.geometry.num_hidden_layers, job.parent.geometry.moe_layers
-    surveyed = next((layer for layer in reversed(range(layers)) if work.has(f"hidden-{layer + 1}")), -1)
+    gradients = [at for at in reversed(moe) if not work.has(f"gradient-{at}")]
+    books = [d for d in steps.WIDTHS if not work.has(f"codebooks-{d}")]
+    chunks = [chunk for chunk in job.chunks if not work.has(chunk_name(*chunk))]
     stages: list[tuple[str, list[Step], int | None]] = [
-        ("survey", [(f"hidden-{at + 1}", partial(steps.survey, job, at)) for at in range(surveyed + 1, layers)], 1),
-        ("sensitivity", [(f"gradient-{at}", partial(steps.gradient, job, at)) for at in reversed(moe)], 1),
-        ("codebooks", [(f"codebooks-{d}", partial(steps.codebooks, job, d)) for d in steps.WIDTHS], workers),
-        ("experts", [(chunk_name(*chunk), partial(steps.experts, job, *chunk)) for chunk in job.chunks], workers),
+        ("survey", [partial(steps.survey, job, at) for at in range(steps.first_to_survey(job), layers)], 1),
+        ("sensitivity", [partial(steps.gradient, job, at) for at in gradients], 1),
+        ("codebooks", [partial(steps.codebooks, job, d) for d in books], workers),
+        ("experts", [partial(steps.experts, job, *chunk) for chunk in chunks], workers),
     ]
-    stages = [(title, [step for step in todo if not work.has(step[0])], at_once) for title, todo, at_once in stages]
     with (
         _one_thread_each(job.device),
         tqdm(total=sum(len(todo) for _, todo, _ in stages), unit="step", disable=not progress) as bar,
@@ -136,12 +143,12 @@ def _run_steps(job: Job, workers: int | None, progress: bool) -> None:
 
 def _run(todo: list[Step], workers: int | None, device: torch.device, bar: tqdm[Any]) -> None:
     if device.type != "cpu" or workers == 1:
-        for _, step in todo:
+        for step in todo:
             step()
             bar.update()
         return
     with ThreadPoolExecutor(workers or os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        futures = [pool.submit(step) for _, step in todo]
+        futures = [pool.submit(step) for step in todo]
         try:
             for future in as_completed(futures):
                 future.result()
@@ -162,7 +169,7 @@ def _one_thread_each(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _tables(job: Job) -> tuple[Table, Table]:
+def tables(job: Job) -> tuple[Table, Table]:
     """Costs and relative errors of every option, `[layers, experts, 3, 4]` each."""
     chunks = [job.work.load(chunk_name(*chunk)) for chunk in job.chunks]
     layers = len(job.parent.geometry.moe_layers)

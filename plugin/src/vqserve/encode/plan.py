@@ -25,9 +25,8 @@ class Plan:
     Attributes:
         config: The checkpoint's `quantization_config`.
         bits: Bits per weight of the routed experts, scales included, codebooks not.
-        cost: What the allocation minimized: the KL divergence to second order, nats per predicted token. It ranks
-            choices; the measured divergence of the demo is ten times as large, because confident predictions look
-            safe to second order.
+        cost: What the allocation minimized: to second order, the KL divergence of flattened predictions (see
+            `steps.SENSITIVITY_TEMPERATURE`), nats per predicted token. It ranks choices.
         errors: Relative output error of each chosen option, `[layers, experts, 3]`.
     """
 

@@ -70,7 +70,7 @@ def minmax_grid(weight: Tensor, bits: int) -> Grid:
     """From the least to the greatest weight of each group."""
     groups = by_group(weight)
     low, high = groups.amin(-1), groups.amax(-1)
-    return Grid(bits, _positive((high - low) / (2**bits - 1)).half().float(), low.half().float())
+    return Grid(bits, _positive((high - low) / (2**bits - 1), torch.float16), low.half().float())
 
 
 def mse_grid(weight: Tensor, bits: int) -> Grid:
@@ -91,7 +91,7 @@ def _search(
     least = torch.full_like(full, torch.inf)
     counts = None if importance is None else by_group(importance)[:, None]
     for share in _STEPS.tolist():
-        step = _positive(share * full).to(dtype).float()
+        step = _positive(share * full, dtype)
         grid = Grid(bits, step, first * step)
         error = by_group((grid.nearest(weight) - weight).square())
         error = (error if counts is None else error * counts).sum(-1)
@@ -128,5 +128,6 @@ def _largest(weight: Tensor) -> Tensor:
     return by_group(weight).abs().amax(-1)
 
 
-def _positive(step: Tensor) -> Tensor:
-    return step.clamp_min(torch.finfo(torch.float16).tiny)
+def _positive(step: Tensor, dtype: torch.dtype) -> Tensor:
+    """Steps as a dtype can store them, none of them 0; float32."""
+    return step.clamp_min(torch.finfo(dtype).tiny).to(dtype).float()

@@ -94,12 +94,12 @@ def pooled_moment(routing: Routing, device: torch.device) -> Tensor:
     return total
 
 
-def shrink(moments: Moments, strength: float, pooled: Tensor | None = None) -> Tensor:
+def shrink(moments: Moments, strength: Tensor | float, pooled: Tensor | None = None) -> Tensor:
     """n/(n+m) H + m/(n+m) target, the target scaled to H's trace.
 
     Args:
         moments: n and H of a batch of experts.
-        strength: m, in tokens.
+        strength: m, in tokens, `[B]` or the same for all.
         pooled: Target, float32 `[C, C]`; the diagonal of each H itself if None.
 
     Returns:
@@ -116,8 +116,8 @@ def shrink(moments: Moments, strength: float, pooled: Tensor | None = None) -> T
         target = torch.where((moments.tokens > 0)[:, None, None], target, empty)
     else:
         target = pooled * (trace / pooled.trace())[:, None, None]
-    own = (moments.tokens / (moments.tokens + max(strength, torch.finfo(torch.float32).tiny)))[:, None, None]
-    return own * moments.sums + (1 - own) * target
+    own = moments.tokens / (moments.tokens + torch.as_tensor(strength)).clamp_min(torch.finfo(torch.float32).tiny)
+    return own[:, None, None] * moments.sums + (1 - own)[:, None, None] * target
 
 
 def sensitivities(routing: Routing, gradient: Tensor, experts: range, weights: Weights) -> dict[str, Tensor]:

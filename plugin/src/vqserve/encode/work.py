@@ -6,6 +6,7 @@ encode killed at any instant goes on where it was and ends with the same bytes.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -13,20 +14,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vqserve.format.errors import UsageError
 
 _KEY = "key.json"
+_LOCK = ".lock"
 _UNFINISHED = ".unfinished"
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Gives a temporary name to write to, and renames it to `path` once it is complete and on disk."""
-    unfinished = path.with_name(f".{path.name}{_UNFINISHED}")
+    unfinished = _unfinished(path)
     unfinished.touch()
     mode = unfinished.stat().st_mode
     yield unfinished
@@ -42,33 +44,34 @@ def remove_unfinished(folder: Path) -> None:
         path.unlink()
 
 
-class Work:
-    """Named results on disk, valid for one key.
+def open_locked(path: Path, flags: int) -> int:
+    """Opens a file and locks it for as long as it is open; the system lets go of a killed process's locks.
 
     Args:
-        folder: Made if it does not exist.
-        key: What the results depend on, as JSON.
+        path: The file; what is locked is the folder it is in.
+        flags: Of `os.open`, besides reading and writing.
+
+    Returns:
+        The file descriptor.
 
     Raises:
-        UsageError: The folder holds results for another key, or something else.
+        UsageError: Another encode holds the lock.
     """
+    descriptor = os.open(path, os.O_RDWR | flags, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as cause:
+        os.close(descriptor)
+        problem = "another encode is at work in this folder"
+        raise UsageError(f"{path.parent}: {problem}; wait until it ends, or choose another") from cause
+    return descriptor
 
-    def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
+
+class Work:
+    """Named results on disk."""
+
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(folder)
-        text = json.dumps(key, indent=1, sort_keys=True) + "\n"
-        path = folder / _KEY
-        if path.is_file():
-            found = path.read_text(encoding="utf-8")
-            if found != text:
-                what = _difference(found, key)
-                raise UsageError(f"{folder}: holds work of another encode ({what} differ); remove it or choose another")
-        elif any(folder.iterdir()):
-            raise UsageError(f"{folder}: not empty and not a work folder; remove it or choose another")
-        else:
-            with replacing(path) as unfinished:
-                unfinished.write_text(text, encoding="utf-8")
 
     def has(self, name: str) -> bool:
         """Whether the result is there, complete."""
@@ -80,13 +83,18 @@ class Work:
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, unfinished)
 
     def load(self, name: str) -> dict[str, Tensor]:
-        """Reads a result."""
-        tensors: dict[str, Tensor] = load_file(self._path(name))
+        """Reads a result.
+
+        Raises:
+            UsageError: It was damaged after the encode began.
+        """
+        with self._telling(name) as path:
+            tensors: dict[str, Tensor] = load_file(path)
         return tensors
 
     def tensor(self, name: str, key: str) -> Tensor:
-        """Reads one tensor of a result."""
-        with safe_open(self._path(name), "pt") as file:
+        """Reads one tensor of a result; raises as `load`."""
+        with self._telling(name) as path, safe_open(path, "pt") as file:
             tensor: Tensor = file.get_tensor(key)
         return tensor
 
@@ -94,14 +102,98 @@ class Work:
         """Removes a result that is no longer needed."""
         self._path(name).unlink(missing_ok=True)
 
+    def discard_damaged(self) -> list[Path]:
+        """Removes results that are cut short or overwritten, so that their steps run again; returns their paths."""
+        damaged = []
+        for path in sorted(self.folder.glob("*.safetensors")):
+            try:
+                with safe_open(path, "pt"):
+                    pass
+            except SafetensorError:
+                path.unlink()
+                damaged.append(path)
+        return damaged
+
+    def clear(self) -> None:
+        """Removes all results, and the folder if nothing else is in it.
+
+        What tells the folder for a work folder goes last: killed in between, an encode finds it and begins anew.
+        """
+        for path in (*self.folder.glob("*.safetensors"), self.folder / _KEY, self.folder / _LOCK):
+            path.unlink()
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+    @contextmanager
+    def _telling(self, name: str) -> Iterator[Path]:
+        path = self._path(name)
+        try:
+            yield path
+        except SafetensorError as cause:
+            raise UsageError(f"{path}: damaged ({cause}); start the encode again: it repeats this step") from cause
+
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
 
 
-def _difference(found: str, key: Mapping[str, Any]) -> str:
+def check_work(folder: Path, key: Mapping[str, Any]) -> None:
+    """Checks that a folder can hold, or holds already, results for a key; changes nothing.
+
+    Raises:
+        UsageError: It holds results for another key, or something else.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: is a file; choose another place for the work folder")
+    path = folder / _KEY
+    if path.is_file():
+        if (found := path.read_bytes()) != _text(key).encode():
+            what = _difference(found, key)
+            raise UsageError(f"{folder}: holds work of another encode ({what} differ); remove it or choose another")
+    elif any(found.name not in (_LOCK, _unfinished(path).name) for found in folder.iterdir()):
+        raise UsageError(f"{folder}: not empty and not a work folder; remove it or choose another")
+
+
+@contextmanager
+def open_work(folder: Path, key: Mapping[str, Any]) -> Iterator[Work]:
+    """Opens a work folder, made if it does not exist, and keeps other encodes out of it.
+
+    Args:
+        folder: The folder.
+        key: What the results depend on, as JSON.
+
+    Raises:
+        UsageError: Another encode is at work in it; or see `check_work`.
+    """
+    check_work(folder, key)
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = open_locked(folder / _LOCK, os.O_CREAT)
+    try:
+        check_work(folder, key)  # another encode may have begun one before the lock was ours
+        remove_unfinished(folder)
+        if not (folder / _KEY).is_file():
+            with replacing(folder / _KEY) as unfinished:
+                unfinished.write_text(_text(key), encoding="utf-8")
+        yield Work(folder)
+    finally:
+        os.close(descriptor)
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f".{path.name}{_UNFINISHED}")
+
+
+def _text(key: Mapping[str, Any]) -> str:
+    return json.dumps(key, indent=1, sort_keys=True) + "\n"
+
+
+def _difference(found: bytes, key: Mapping[str, Any]) -> str:
     """The top-level keys whose values are not the same."""
     try:
         other = json.loads(found)
     except ValueError:
-        other = {}
+        other = None
+    if not isinstance(other, dict):
+        return "formats"
     return ", ".join(sorted(name for name in {*other, *key} if other.get(name) != key.get(name))) or "formats"

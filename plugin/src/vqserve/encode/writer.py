@@ -7,29 +7,32 @@ is ever overwritten.
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vqserve.encode.work import remove_unfinished, replacing
+from vqserve.encode.work import open_locked, remove_unfinished, replacing
 from vqserve.format.errors import UsageError
 from vqserve.format.files import INDEX
 from vqserve.format.layout import TensorSpec, checkpoint_specs
 from vqserve.format.manifest import MANIFEST, write_manifest
 from vqserve.format.names import layer_of
 
-MARKER = ".incomplete"
-"""Hidden file in a folder whose checkpoint is not complete yet."""
+MARKER = ".vqserve-incomplete"
+"""Hidden file in a folder whose checkpoint is not complete yet; locked while an encode is at work in it."""
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
     "generation_config.json",
+    "known_answers.json",
     "LICENSE",
 )
 """Files copied from the parent, if it has them."""
@@ -39,8 +42,8 @@ _HEADER_BYTES = 256
 Read = Callable[[str], Tensor]
 
 
-def claim(folder: Path) -> None:
-    """Marks a folder as being written.
+def check_free(folder: Path) -> None:
+    """Checks that a result can go to a folder; changes nothing.
 
     Raises:
         UsageError: It holds something that no interrupted encode left there.
@@ -49,15 +52,48 @@ def claim(folder: Path) -> None:
         raise UsageError(f"{folder}: is a file; give a new or empty folder for the result")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MARKER).is_file():
         raise UsageError(f"{folder}: not empty; give a new or empty folder for the result")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARKER).touch()
-    remove_unfinished(folder)
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Marks a folder, made if it does not exist, as being written, and keeps other encodes out of it.
+
+    The mark is lifted at the end; an exception leaves it, for another encode to go on there.
+
+    Raises:
+        UsageError: Another encode is at work in it; or see `check_free`.
+    """
+    descriptor = None
+    while descriptor is None:
+        check_free(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = _lock_marker(folder)
+    try:
+        remove_unfinished(folder)
+        yield
+        (folder / MARKER).unlink()
+    finally:
+        os.close(descriptor)
+
+
+def _lock_marker(folder: Path) -> int | None:
+    """Locks the mark of an interrupted encode, or that of a new one; None if another encode began or ended just now."""
+    marker = folder / MARKER
+    # Never made in a folder with anything in it: that may be the result of an encode that ended since the check.
+    try:
+        descriptor = open_locked(marker, 0 if any(folder.iterdir()) else os.O_CREAT | os.O_EXCL)
+    except (FileExistsError, FileNotFoundError):
+        return None
+    if os.fstat(descriptor).st_nlink:
+        return descriptor
+    os.close(descriptor)  # of a file removed before the lock was ours
+    return None
 
 
 def write_checkpoint(
     folder: Path, source: Path, config: Mapping[str, Any], card: str, file_size: int, read: Read
 ) -> None:
-    """Writes a checkpoint into a claimed folder and lifts the mark.
+    """Writes a checkpoint into a claimed folder.
 
     Args:
         folder: Claimed before.
@@ -86,7 +122,6 @@ def write_checkpoint(
     with replacing(folder / "README.md") as unfinished:
         unfinished.write_text(card, encoding="utf-8")
     write_manifest(folder)
-    (folder / MARKER).unlink()
 
 
 def split(specs: Iterable[TensorSpec], file_size: int) -> list[list[TensorSpec]]:

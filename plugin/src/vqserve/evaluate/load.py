@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -14,8 +15,11 @@ from transformers.utils import logging
 
 from vqserve.format.config import PROJECTIONS
 from vqserve.format.errors import CheckpointError
-from vqserve.format.files import Checkpoint, check_checkpoint, read_config, read_tensors
-from vqserve.format.names import codebook_name, expert_tensor
+from vqserve.format.files import Checkpoint, check_checkpoint, check_tensors, read_config, read_tensors
+from vqserve.format.geometry import Geometry
+from vqserve.format.headers import StoredTensor
+from vqserve.format.layout import float_dtype, parent_specs
+from vqserve.format.names import codebook_name, expert_tensor, layer_of
 from vqserve.format.tiers import TIERS
 from vqserve.reference.dequantize import Codebook, dequantize
 from vqserve.reference.gptq import dequantize_gptq
@@ -28,14 +32,14 @@ def load_model(folder: Path) -> GlmMoeDsaForCausalLM:
         CheckpointError: The folder holds no checkpoint, or a damaged one.
     """
     config = read_config(folder)
-    if config.get("quantization_config") is None:
-        weights = _stored(folder)
-    else:
-        weights = dict(dequantized(check_checkpoint(folder)))
-    plain = GlmMoeDsaConfig.from_dict({k: v for k, v in config.items() if k != "quantization_config"})
+    plain = config.get("quantization_config") is None
+    weights = _stored(folder, config) if plain else dequantized(check_checkpoint(folder))
+    unused = Geometry.from_dict(config).mtp_layers  # transformers' class does not have them
+    state = {name: weight for name, weight in weights if layer_of(name) not in unused}
+    stock = GlmMoeDsaConfig.from_dict({k: v for k, v in config.items() if k != "quantization_config"})
     with _quiet():
         model: GlmMoeDsaForCausalLM = GlmMoeDsaForCausalLM.from_pretrained(
-            None, config=plain, state_dict=weights, dtype=torch.float32
+            None, config=stock, state_dict=state, dtype=torch.float32
         )
     evaluated: GlmMoeDsaForCausalLM = model.eval()
     return evaluated
@@ -55,7 +59,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def dequantized(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     """Every weight of a vqserve checkpoint under its parent's name, fp32."""
-    tensors = _Reader(checkpoint.path)
+    tensors = _Reader(checkpoint.tensors)
     done: set[str] = set()
     for module in checkpoint.quant.modules:
         books = {}
@@ -82,8 +86,7 @@ def dequantized(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
 class _Reader:
     """Tensors of a sharded checkpoint by name, each file opened once."""
 
-    def __init__(self, folder: Path) -> None:
-        stored = read_tensors(folder)
+    def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
         files = {path: safe_open(path, "pt") for path in {tensor.path for tensor in stored.values()}}
         self.files = {name: files[tensor.path] for name, tensor in stored.items()}
 
@@ -92,9 +95,14 @@ class _Reader:
         return tensor
 
 
-def _stored(folder: Path) -> dict[str, Tensor]:
-    tensors = _Reader(folder)
-    return {name: tensors[name].float() for name in tensors.files}
+def _stored(folder: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Every weight of an unquantized checkpoint, fp32."""
+    stored = read_tensors(folder)
+    specs = parent_specs(Geometry.from_dict(config), float_dtype(config))
+    check_tensors(stored, specs, remedy="copy the checkpoint again from where it came from")
+    tensors = _Reader(stored)
+    for name in stored:
+        yield name, tensors[name].float()
 
 
 @contextlib.contextmanager

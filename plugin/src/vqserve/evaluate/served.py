@@ -16,6 +16,8 @@ from vqserve.format.errors import UsageError
 
 TIMEOUT = 600.0
 """Seconds one answer may take; a busy server queues."""
+RETRIES = 3
+"""Servers close idle connections (vLLM after 5 s), at times just as the next request goes out on one."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Server:
         key = os.environ.get("VLLM_API_KEY") or "none"
         slots = asyncio.Semaphore(self.concurrency)
         label = "thinking" if thinking else "direct"
-        async with openai.AsyncOpenAI(base_url=base, api_key=key, timeout=TIMEOUT, max_retries=0) as client:
+        async with openai.AsyncOpenAI(base_url=base, api_key=key, timeout=TIMEOUT, max_retries=RETRIES) as client:
             model = self.model or await self._first_model(client)
             with tqdm(total=len(items), desc=label, unit="item", disable=not progress) as bar:
 
