@@ -8,12 +8,17 @@ import shutil
 import socket
 import subprocess
 import sys
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
 
 import vqserve
+from random_checkpoint import make_random_checkpoint
+from random_parent import make_random_parent
 from vqserve.cli import main
+from vqserve.format.manifest import write_manifest
+from vqserve.serve import PLUGINS
 
 Capture = pytest.CaptureFixture[str]
 
@@ -141,6 +146,15 @@ def test_an_impossible_value_is_refused(
     assert problem in refused(capsys, str(random_checkpoint), *options)
 
 
+def test_experts_that_cannot_be_split_need_expert_parallelism(tmp_path: Path, capsys: Capture) -> None:
+    parent = make_random_parent(tmp_path / "parent", num_hidden_layers=2, moe_intermediate_size=128, n_shared_experts=2)
+    checkpoint = str(make_random_checkpoint(parent, tmp_path / "checkpoint"))
+    two = ("--tensor-parallel-size", "2")
+    assert "moe_intermediate_size = 128 does not split into 2 parts" in refused(capsys, checkpoint, *two)
+    _, command = printed(capsys, checkpoint, *two, "--", "--enable-expert-parallel")
+    assert value(command, "--tensor-parallel-size") == "2"
+
+
 def test_more_ranks_than_cores_are_refused(random_checkpoint: Path) -> None:
     pinned = f"import os; os.sched_setaffinity(0, {{0}}); {RUN}"
     done = run(pinned, "serve", str(random_checkpoint), "--tensor-parallel-size", "2")
@@ -188,9 +202,38 @@ def test_an_incomplete_installation_is_refused(
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("plugins", ["", "lora_filesystem_resolver"])
-def test_a_list_of_plugins_without_ours_is_refused(
-    plugins: str, random_checkpoint: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("named", "others"),
+    [(None, ""), ("", ""), ("lora_filesystem_resolver", ",lora_filesystem_resolver"), ("vqserve,x", ",x")],
+)
+def test_vllm_is_told_of_our_plugins_and_of_those_the_caller_names(
+    named: str | None, others: str, random_checkpoint: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("VLLM_PLUGINS", plugins)
-    assert f"VLLM_PLUGINS={plugins} keeps vLLM from loading our plugin" in refused(capsys, str(random_checkpoint))
+    if named is None:
+        monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    else:
+        monkeypatch.setenv("VLLM_PLUGINS", named)
+    assert printed(capsys, str(random_checkpoint))[0]["VLLM_PLUGINS"] == f"vqserve,vqserve-readiness{others}"
+
+
+def test_every_plugin_of_ours_is_named_to_vllm() -> None:
+    points = distribution("vqserve").entry_points
+    assert {point.name: point.group for point in points if point.group.startswith("vllm.")} == PLUGINS
+
+
+def test_the_time_for_the_warm_up_can_be_set(
+    random_checkpoint: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VQSERVE_WARM_UP_SECONDS", "1")
+    environment, _ = printed(capsys, str(random_checkpoint), "--warm-up-seconds", "90")
+    assert environment["VQSERVE_WARM_UP_SECONDS"] == "90"
+    assert "VQSERVE_WARM_UP_SECONDS" not in printed(capsys, str(random_checkpoint))[0]
+
+
+def test_known_answers_that_cannot_be_read_are_found_before_the_start(
+    random_checkpoint: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    folder = shutil.copytree(random_checkpoint, tmp_path / "checkpoint")
+    (folder / "known_answers.json").write_text('{"version": 1, "prompts": []}', encoding="utf-8")
+    write_manifest(folder)
+    assert "known_answers.json: prompts: expected a list with at least one prompt" in refused(capsys, str(folder))

@@ -8,8 +8,10 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,18 +42,24 @@ class Server:
 
 @pytest.fixture(scope="session")
 def server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The demo model's server on a free port; the machine's proxy and cache settings do not reach it."""
-    folder = tmp_path_factory.mktemp("server")
+    """The demo model's server."""
+    with serving(demo_model, tmp_path_factory.mktemp("server")) as started:
+        wait_for(started, "/health", 200)
+        yield started
+
+
+@contextmanager
+def serving(model: Path, folder: Path, *options: str, **variables: str) -> Iterator[Server]:
+    """Starts a model's server on a free port, and ends it; the machine's proxy and cache settings do not reach it."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("vqserve")), "serve", str(demo_model), "--port", str(port)]
+    command = [str(Path(sys.executable).with_name("vqserve")), "serve", str(model), "--port", str(port), *options]
     environment = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
-    environment |= {"HOME": str(folder), "VLLM_API_KEY": KEY}
+    environment |= {"HOME": str(folder), "VLLM_API_KEY": KEY, **variables}
     url, log = f"http://127.0.0.1:{port}", folder / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
     try:
-        _wait_until_healthy(process, url, log)
         yield Server(process, log, url, OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=120))
     finally:
         process.send_signal(signal.SIGTERM)
@@ -62,13 +70,34 @@ def server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             raise
 
 
-def _wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+def get(server: Server, path: str) -> tuple[int, str]:
+    """Status and body of a GET without any key; status 0 while nothing listens."""
+    try:
+        with urllib.request.urlopen(f"{server.url}{path}", timeout=5) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+    except OSError:
+        return 0, ""
+
+
+def wait_for(server: Server, path: str, status: int) -> list[str]:
+    """Waits until a path answers with this status; the bodies of all answers on the way, that one last."""
+    return wait_until(server, path, lambda found, _: found == status)
+
+
+def wait_until(server: Server, path: str, wanted: Callable[[int, str], bool]) -> list[str]:
+    """Waits until a path's status and body are as wanted; the bodies of all answers on the way, that one last."""
+    bodies: list[str] = []
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
-        assert process.poll() is None, f"the server ended with {process.returncode}:\n{log.read_text()[-4000:]}"
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=5):
-                return
-        except OSError:
-            time.sleep(0.5)
-    raise TimeoutError(f"not healthy within {START_SECONDS} s:\n{log.read_text()[-4000:]}")
+        ended = server.process.poll()
+        assert ended is None, f"the server ended with {ended}:\n{server.log.read_text()[-4000:]}"
+        found, body = get(server, path)
+        if found:
+            bodies.append(body)
+        if found and wanted(found, body):
+            return bodies
+        time.sleep(0.05)
+    raise TimeoutError(f"{path}: not as wanted within {START_SECONDS} s:\n{server.log.read_text()[-4000:]}")

@@ -12,9 +12,11 @@ from transformers import AutoTokenizer
 
 from random_checkpoint import make_random_checkpoint, read_tensors
 from random_parent import make_random_parent, write_weights
-from vllm_plugin.engine_process import Answer, EngineProcess, Question
+from vllm_plugin.engine_process import WITHOUT_AVX512, Answer, EngineProcess, Question
 from vllm_plugin.plain import write_plain
 from vqserve.format.manifest import write_manifest
+
+TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +30,15 @@ def engines() -> Iterator[EngineProcess]:
 @pytest.fixture(scope="session")
 def engines_of_two_ranks() -> Iterator[EngineProcess]:
     """A process that starts engines on two ranks, a core each."""
-    process = EngineProcess(VLLM_CPU_OMP_THREADS_BIND="0|1", VLLM_ALLOW_INSECURE_SERIALIZATION="1")
+    process = EngineProcess(**TWO_RANKS)
+    yield process
+    process.stop()
+
+
+@pytest.fixture(scope="session")
+def engines_without_avx512() -> Iterator[EngineProcess]:
+    """A process that starts engines, on two ranks if asked, that take this CPU for one without AVX-512."""
+    process = EngineProcess(**TWO_RANKS, **WITHOUT_AVX512)
     yield process
     process.stop()
 

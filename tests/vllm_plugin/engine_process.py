@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -25,6 +26,13 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine's core in this process: two imports of vLLM less
     "TORCHDYNAMO_DISABLE": "1",
 }
+
+WITHOUT_AVX512 = {
+    "PYTHONPATH": str(Path(__file__).parents[1] / "without_avx512"),
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+}
+"""What has a process and its children take this CPU for one that ends at AVX2; set before it starts."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +72,14 @@ class EngineError(Exception):
 
 
 class EngineProcess:
-    """A process that has imported vLLM, with `environment` beside `ENVIRONMENT`."""
+    """A process that imports vLLM, with `environment` beside `ENVIRONMENT` from its very start."""
 
     def __init__(self, **environment: str) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, ENVIRONMENT | environment))
-        self._process.start()
+        self._process = context.Process(target=_serve, args=(theirs,))
+        with patch.dict(os.environ, ENVIRONMENT | environment):
+            self._process.start()
         theirs.close()
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -138,8 +147,7 @@ def _answer(output: Any) -> Answer:
     return Answer([*prompt, *said.token_ids], dense(said.logprobs), dense(output.prompt_logprobs[1:]))
 
 
-def _serve(connection: Connection, environment: dict[str, str]) -> None:
-    os.environ |= environment
+def _serve(connection: Connection) -> None:
     while True:
         try:
             function, arguments = connection.recv()

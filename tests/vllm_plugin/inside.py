@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from random_checkpoint import read_tensors
 from random_parent import write_weights
 from vqserve.format.flat import BUFFERS
+from vqserve.format.names import parse_expert_tensor
 
 Stream = list[tuple[str, Tensor]]
 
@@ -39,7 +41,7 @@ def create_config(folder: Path, **options: Any) -> Any:
     return EngineArgs(model=str(folder), max_model_len=64, **options).create_engine_config()
 
 
-def load(folder: Path, change: Callable[..., Stream], *arguments: str) -> list[str]:
+def load(folder: Path, change: Callable[..., Stream], *arguments: str, **options: Any) -> list[str]:
     """Loads the tensors of a checkpoint, changed, as vLLM's loader would; returns the methods of the model's layers."""
     from vllm.config import set_current_vllm_config
     from vllm.distributed.parallel_state import (
@@ -49,7 +51,7 @@ def load(folder: Path, change: Callable[..., Stream], *arguments: str) -> list[s
     )
     from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
 
-    config = create_config(folder, dtype="bfloat16")
+    config = create_config(folder, dtype="bfloat16", **options)
     with set_current_vllm_config(config), tempfile.TemporaryDirectory() as meeting:
         init_distributed_environment(1, 0, f"file://{meeting}/point", 0, "gloo")
         initialize_model_parallel(1, 1)
@@ -114,21 +116,79 @@ def remove_tensor(folder: Path, name: str) -> None:
     write_weights(folder, tensors, 1)
 
 
-def bytes_of_experts(engine: Any) -> list[int]:
-    """Bytes of codes, refinements and scales that each rank holds."""
-    sizes: list[int] = engine.collective_rpc(_bytes_of_experts)
-    return sizes
+def held_bytes(engine: Any) -> list[dict[str, int]]:
+    """Bytes that each rank holds of experts and 4-bit spine, by `_kind`."""
+    held: list[dict[str, int]] = engine.collective_rpc(_held_bytes)
+    return held
 
 
-def bytes_of_planes(folder: Path) -> int:
-    """Bytes of codes, refinements and scales in a checkpoint."""
-    parts = (".codes", ".refinement", ".scales")
-    return sum(t.nbytes for name, t in read_tensors(folder).items() if ".experts." in name and name.endswith(parts))
+def stored_bytes(folder: Path, experts: Iterable[int] | None = None) -> dict[str, int]:
+    """Bytes of a checkpoint's experts, of these only if any are named, and of its spine, by `_kind`."""
+    mine = None if experts is None else set(experts)
+    tensors = read_tensors(folder).items()
+    parsed = ((name, tensor, parse_expert_tensor(name)) for name, tensor in tensors)
+    return _sum((name, t.nbytes) for name, t, part in parsed if mine is None or part is None or part.expert in mine)
 
 
-def _bytes_of_experts(worker: Any) -> int:
+def _held_bytes(worker: Any) -> dict[str, int]:
+    # Of the storage: a view of half of the bytes would hold them all.
     parameters = worker.model_runner.model.named_parameters()
-    return sum(parameter.nbytes for name, parameter in parameters if name.rpartition(".")[2] in BUFFERS)
+    return _sum((name, parameter.untyped_storage().nbytes()) for name, parameter in parameters)
+
+
+def _sum(sizes: Iterable[tuple[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for name, size in sizes:
+        kind = _kind(name)
+        if kind is not None:
+            total[kind] += size
+    return dict(total)
+
+
+def _kind(name: str) -> str | None:
+    """What a tensor of the checkpoint, or a parameter of the model, is a part of; None if it does not matter here."""
+    stem, _, part = name.rpartition(".")
+    if ".experts." in name:
+        return None if "codebook" in part else part.rpartition("_")[2]
+    # Zeros are all the same and not kept; dense attention loads no indexer.
+    if part not in ("qweight", "scales") or ".indexer." in name:
+        return None
+    whole = stem.endswith(("fused_qkv_a_proj", "q_a_proj", "kv_a_proj_with_mqa"))
+    return "spine of every rank" if whole else "spine"
+
+
+def spine_weights(engine: Any) -> list[dict[str, Tensor]]:
+    """The weights [N, K] that each rank's dequantized layers multiply by."""
+    weights: list[dict[str, Tensor]] = engine.collective_rpc(_spine_weights)
+    return weights
+
+
+def _spine_weights(worker: Any) -> dict[str, Tensor]:
+    from vqserve.vllm_plugin.linear import DequantizedLinearMethod
+
+    model, weights = worker.model_runner.model, {}
+    for name, layer in model.named_modules():
+        method = getattr(layer, "quant_method", None)
+        if isinstance(method, DequantizedLinearMethod):
+            # By a product with the identity, whose sums have one term: vLLM may keep the weights in any form.
+            one = torch.eye(layer.input_size_per_partition, dtype=worker.model_config.dtype)
+            weights[name] = method.apply(layer, one).t().contiguous()
+    return weights
+
+
+def collectives(engine: Any) -> list[str]:
+    """What each rank sums over ranks with: gloo, or vLLM's own code for shared memory."""
+    used: list[str] = engine.collective_rpc(_collectives)
+    return used
+
+
+def _collectives(worker: Any) -> str:
+    from vllm.distributed import get_tp_group
+
+    group = get_tp_group()
+    communicator: Any = group.device_communicator
+    module = communicator.dist_module
+    return torch.distributed.get_backend(group.device_group) if module is torch.distributed else type(module).__name__
 
 
 def check_operator(seed: int) -> None:

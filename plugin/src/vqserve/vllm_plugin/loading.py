@@ -1,4 +1,4 @@
-"""A record of which tensors have reached a layer. vLLM keeps none for quantized models."""
+"""Checks of what has reached a layer. vLLM keeps no record of it for quantized models."""
 
 from __future__ import annotations
 
@@ -64,3 +64,17 @@ class LoadRecord:
         if missing:
             problem = f"missing, as are {len(missing) - 1} other tensors of {self._layer}"
             raise TensorError(missing[0], problem if missing[1:] else "missing", _REMEDY)
+
+
+def check_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Checks that no float is NaN or infinite.
+
+    Args:
+        tensors: Float tensors, each with its name for the error.
+
+    Raises:
+        TensorError: The first that holds one.
+    """
+    for name, tensor in tensors:
+        if not tensor.isfinite().all():
+            raise TensorError(name, "expected finite values, found NaN or infinity", _REMEDY)

@@ -13,7 +13,7 @@ Shards need no arithmetic here: the first axis of every expert tensor is its ten
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,12 +22,12 @@ from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import FusedMoEConfig, FusedMoEMethodBase, RoutedExperts
 
 from vqserve.format.config import VQModule
-from vqserve.format.flat import BUFFERS, flat_layout
+from vqserve.format.flat import BUFFERS, buffer_name, flat_layout
 from vqserve.format.geometry import Geometry
 from vqserve.format.layout import check_shardable, codebook_specs, expert_specs, shard_slice
 from vqserve.format.names import expert_tensor, parse_expert_tensor
 from vqserve.vllm_plugin import ops
-from vqserve.vllm_plugin.loading import LoadRecord
+from vqserve.vllm_plugin.loading import LoadRecord, check_finite
 
 _PROJECTION = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
@@ -127,10 +127,24 @@ class MixedVQMoEMethod(FusedMoEMethodBase):
         """Ends a load.
 
         Raises:
-            TensorError: A tensor of this rank's has not arrived.
+            TensorError: A tensor of this rank's has not arrived, or scales or a codebook are not finite.
         """
         if not (self._dummy and self._record.empty):
             self._record.close()
+            self._check_values(layer)
+
+    def _check_values(self, layer: RoutedExperts) -> None:
+        stem = f"{self.module.name}.routed_experts"
+        check_finite((f"{stem}.{name}", getattr(layer, name)) for name in self._codebook_names)
+        # One look at each buffer, and one at each expert's part only to find the name.
+        if not all(getattr(layer, name).isfinite().all() for name in ("w13_scales", "w2_scales")):
+            check_finite(self._scales(layer))
+
+    def _scales(self, layer: RoutedExperts) -> Iterator[tuple[str, Tensor]]:
+        for expert, slots in zip(self.layout.experts, self.layout.slots, strict=True):
+            for proj, slot in slots.items():
+                scales = getattr(layer, buffer_name(proj, "scales")).narrow(0, *slot.span("scales"))
+                yield expert_tensor(self.module.name, expert, proj, "scales"), scales
 
     def apply(
         self,

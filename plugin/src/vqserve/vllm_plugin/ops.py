@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 from vllm.utils.torch_utils import direct_register_custom_op
@@ -32,10 +34,12 @@ def moe(
     layout: int,
     expert_map: Tensor | None,
 ) -> Tensor:
-    """Applies this rank's experts; runs on the device of its tensors.
+    """Applies this rank's experts: by `vqserve.kernels` on a GPU, by the reference on a CPU.
+
+    The first call for a layout on a GPU copies a table there; later ones can be captured in a CUDA graph.
 
     Args:
-        x: [T, H], bf16 or fp16 (fp32 on CPUs).
+        x: [T, H], bf16, fp16 or fp32.
         topk_weights: fp32 [T, k].
         topk_ids: int32 or int64 [T, k], global expert ids; -1 is skipped.
         buffers: The six flat buffers in the order of `format.flat.BUFFERS`.
@@ -50,7 +54,18 @@ def moe(
     parts = iter(codebooks)
     books = {t: Codebook(TIERS[t], next(parts), next(parts) if TIERS[t].refinement_rows else None) for t in tiers}
     experts = Experts(_LAYOUTS[layout], dict(zip(BUFFERS, buffers, strict=True)), books)
-    return reference_moe(x, topk_weights, topk_ids, experts, expert_map)
+    if not x.is_cuda:
+        return reference_moe(x, topk_weights, topk_ids, experts, expert_map)
+    from vqserve.kernels.moe import moe as kernels_moe  # needs triton, which CPUs' environments lack
+
+    return kernels_moe(x, topk_weights, topk_ids, experts, _places(layout, x.device), expert_map)
+
+
+@cache
+def _places(layout: int, device: torch.device) -> Tensor:
+    from vqserve.kernels.planes import places
+
+    return places(_LAYOUTS[layout], device)
 
 
 def _moe_fake(

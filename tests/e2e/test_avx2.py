@@ -1,0 +1,22 @@
+"""The demo on vLLM's library for CPUs without AVX-512."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from e2e.asking import right_of_twelve
+from e2e.conftest import serving, wait_for
+from vllm_plugin.engine_process import WITHOUT_AVX512
+
+pytestmark = pytest.mark.e2e
+
+
+def test_without_avx512_it_calculates_and_says_that_the_spine_is_dequantized(demo_model: Path, tmp_path: Path) -> None:
+    with serving(demo_model, tmp_path, **WITHOUT_AVX512) as server:
+        wait_for(server, "/health", 200)
+        assert right_of_twelve(server) >= 11
+    lines = [line for line in server.log.read_text(encoding="utf-8").splitlines() if "no 4-bit GEMM" in line]
+    assert len(lines) == 1
+    assert "28 layers are dequantized at load, to 5.0 MB instead of 1.3 MB" in lines[0]
