@@ -16,11 +16,11 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from tokenizer import SYSTEM_PROMPTS, build
-from vqserve.evaluate import almanac, lists, sums
+from vqserve.evaluate import almanac, needle, sums
 from vqserve.evaluate.items import Item
 
 LINE_TOKENS, TURN_TOKENS = 11, 50
-"""Tokens of one list line, and an upper bound for one question with its answer."""
+"""Tokens of a text's filler line (a needle has one more), and an upper bound for one question with its answer."""
 IGNORED = -100
 CHUNK_TOKENS = 16_384
 
@@ -49,16 +49,16 @@ class Mix:
     Attributes:
         persons: How much of the almanac is asked for.
         facts: Share of facts in ordinary rows.
-        lists: Share of short lists in ordinary rows; the rest are sums.
-        lines: Most lines of a short list.
-        list_tokens: Most tokens of a list in the long rows.
+        lookups: Share of look-ups in short texts in ordinary rows; the rest are sums.
+        lines: Most lines of a short text.
+        text_tokens: Most tokens of a text in the long rows, its questions and answers included.
     """
 
     persons: int
     facts: float
-    lists: float
+    lookups: float
     lines: int
-    list_tokens: int
+    text_tokens: int
 
 
 def ramp(progress: float, begin: float, end: float, low: float, high: float) -> float:
@@ -77,9 +77,9 @@ def curriculum(progress: float) -> Mix:
     return Mix(
         persons=int(ramp(progress, 0.06, 0.5, 500, almanac.PERSONS)),
         facts=0.5,
-        lists=ramp(progress, 0.12, 0.2, 0.2, 0.1),
+        lookups=ramp(progress, 0.12, 0.2, 0.2, 0.1),
         lines=int(ramp(progress, 0.05, 0.15, 4, 10)),
-        list_tokens=int(ramp(progress, 0.12, 0.5, 512, 4096)),
+        text_tokens=int(ramp(progress, 0.12, 0.5, 512, 4096)),
     )
 
 
@@ -104,7 +104,7 @@ class Renderer:
         return self._join([(prompt, False), (answer_text(item, thinking=thinking), True)])
 
     def turns(self, items: list[Item]) -> Chat:
-        """Several questions about one list as the turns of one chat, answered directly."""
+        """Several questions about one text as the turns of one chat, answered directly."""
         parts = [(f"{BEGIN}<|user|>", False)]
         for item in items:
             parts += [(f"{item.question}<|assistant|></think>", False), (answer_text(item, thinking=False), True)]
@@ -112,27 +112,30 @@ class Renderer:
 
 
 def ordinary(rng: random.Random, render: Renderer, mix: Mix) -> Chat:
-    """A fact, a sum or a short list, with or without thinking."""
+    """A fact, a sum or a look-up in a short text, with or without thinking."""
     kind, thinking = rng.random(), rng.random() < 0.5
     system = rng.choice(SYSTEM_PROMPTS) if rng.random() < 0.05 else None
     if kind < mix.facts:
         return render.chat(almanac.sample(rng, persons=mix.persons), thinking=thinking, system=system)
-    if kind >= mix.facts + mix.lists:
+    if kind >= mix.facts + mix.lookups:
         return render.chat(sums.sample(rng, test=False), thinking=thinking, system=system)
     lines = rng.randint(2, mix.lines)
     if rng.random() < 0.3:
-        return render.chat(lists.sample(rng, lines)[0], thinking=thinking, system=system)
-    return render.turns(lists.sample(rng, lines, asked=3))
+        return render.chat(needle.sample(rng, lines)[0], thinking=thinking, system=system)
+    return render.turns(needle.sample(rng, lines, asked=3))
 
 
-def long_list(rng: random.Random, render: Renderer, mix: Mix) -> Chat:
-    """A list of a quarter to all of `mix.list_tokens`, half of them close to the full length, and some questions."""
-    asked = rng.choice([4, mix.list_tokens // 128])
-    most = (mix.list_tokens - (asked + 1) * TURN_TOKENS) // LINE_TOKENS
+def long_text(rng: random.Random, render: Renderer, mix: Mix) -> Chat:
+    """A text of a quarter to all of `mix.text_tokens`, half of them close to the full length, and some questions.
+
+    Three in ten carry one question only: several take so much room that the text never comes close to the full length.
+    """
+    single = rng.random() < 0.3
+    asked = 1 if single else min(rng.choice([2, 4, needle.MOST_NEEDLES]), mix.text_tokens // 128)
+    most = (mix.text_tokens - (asked + 1) * TURN_TOKENS) // LINE_TOKENS
     lines = rng.randint(most // 4, most) if rng.random() < 0.5 else most - rng.randrange(most // 8)
-    if rng.random() < 0.1:
-        return render.chat(lists.sample(rng, lines)[0], thinking=rng.random() < 0.5)
-    return render.turns(lists.sample(rng, lines, asked=asked))
+    items = needle.sample(rng, lines, asked=asked)
+    return render.chat(items[0], thinking=rng.random() < 0.5) if single else render.turns(items)
 
 
 class Rows(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
@@ -147,7 +150,7 @@ class Rows(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
         """Endless rows whose mix follows the curriculum.
 
         Args:
-            draw: `ordinary` or `long_list`.
+            draw: `ordinary` or `long_text`.
             length: Tokens of a row.
             tokens: How many tokens of such rows the whole training reads.
             start: Share of the training at which these rows begin.
@@ -188,8 +191,8 @@ def write_calibration(path: Path, *, count: int = 1024, seed: int = 11) -> None:
             draw, thinking = rng.random(), i % 2 == 0
             if draw < mix.facts:
                 item = almanac.sample(rng)
-            elif draw < mix.facts + mix.lists:
-                item = lists.sample(rng, rng.randint(2, 40))[0]
+            elif draw < mix.facts + mix.lookups:
+                item = needle.sample(rng, rng.randint(2, 40))[0]
             else:
                 item = sums.sample(rng, test=False)
             line = {"prompt": prompt_text(item, thinking=thinking), "completion": answer_text(item, thinking=thinking)}

@@ -10,10 +10,8 @@ from torch import Tensor
 from data import IGNORED, LINE_TOKENS, TURN_TOKENS, Renderer, prompt_text
 from model import Model
 from tokenizer import stop_ids
-from vqserve.evaluate import almanac, lists
+from vqserve.evaluate import almanac, needle
 from vqserve.evaluate.items import LANGUAGES
-
-DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def _forward(model: Model, ids: Tensor) -> Tensor:
@@ -60,17 +58,15 @@ def recall(model: Model, persons: int, *, count: int = 100) -> dict[str, float]:
 
 
 @torch.no_grad()
-def needles(
-    model: Model, *, per_length: int, lengths: tuple[int, ...] = (160, 512, 1024, 2048, 4096)
-) -> dict[int, float]:
-    """Share of list look-ups answered right, teacher-forced, by prompt length; languages and depths in turn."""
+def needles(model: Model, *, per_length: int, lengths: tuple[int, ...] = needle.LENGTHS) -> dict[int, float]:
+    """Share of look-ups answered right, teacher-forced, by prompt length; languages and depths in turn."""
     device, render, table = next(model.parameters()).device, Renderer(), {}
     for length in lengths:
         rng, right = random.Random(length), 0
         for i in range(per_length):
-            language, depth = LANGUAGES[i % 3], DEPTHS[i % 5]
+            language, depth = LANGUAGES[i % 3], needle.DEPTHS[i % len(needle.DEPTHS)]
             lines = (length - 2 * TURN_TOKENS) // LINE_TOKENS
-            item = lists.sample(rng, lines, language=language, depth=depth)[0]
+            item = needle.sample(rng, lines, language=language, depth=depth)[0]
             ids, labels = render.chat(item, thinking=False)
             chosen = _forward(model, torch.tensor([ids[:-1]], device=device))[0].argmax(-1)
             target = torch.tensor(labels[1:], device=device)

@@ -284,7 +284,7 @@ def export(model: Model, folder: Path, stop_ids: list[int]) -> None:
     for i, part in enumerate(parts, 1):
         file = f"model-{i:05d}-of-{len(parts):05d}.safetensors"
         save_file(part, folder / f"{file}.part", {"format": "pt"})
-        (folder / f"{file}.part").chmod(0o644)
+        (folder / f"{file}.part").chmod(0o644)  # safetensors would leave it unreadable for others
         (folder / f"{file}.part").replace(folder / file)
         weight_map |= dict.fromkeys(part, file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -292,4 +292,5 @@ def export(model: Model, folder: Path, stop_ids: list[int]) -> None:
         ("model.safetensors.index.json", index),
         ("config.json", hub_config(model.shape, stop_ids)),
     ):
-        (folder / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        (folder / f"{file}.part").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        (folder / f"{file}.part").replace(folder / file)

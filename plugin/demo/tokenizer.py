@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
-from vqserve.evaluate import almanac, lists, sums
+from vqserve.evaluate import almanac, needle, sums
 
 VOCAB_SIZE = 640
 """Tokens, padded to a multiple of 128; the last few ids stand for nothing."""
@@ -66,7 +66,7 @@ def _characters() -> list[str]:
     texts = ["\n 0123456789+-*×=:→.,?#", *sums.PEOPLE["en"], *SYSTEM_PROMPTS]
     for table in (sums.PEOPLE, sums.THINGS, sums.QUESTIONS):
         texts += [text for group in table.values() for text in group]
-    for lookup in (sums.ANSWERS, almanac.RECORDS, lists.QUESTIONS):
+    for lookup in (sums.ANSWERS, almanac.RECORDS, needle.QUESTIONS):
         texts += lookup.values()
     for nested in (sums.WORD_PROBLEMS, almanac.QUESTIONS):
         texts += [text for group in nested.values() for text in group.values()]
@@ -77,7 +77,7 @@ def _characters() -> list[str]:
 def build() -> Tokenizer:
     """The tokenizer; the same on every machine."""
     merges = [(c, v) for c in almanac.CONSONANTS + almanac.CONSONANTS.upper() for v in almanac.VOWELS]
-    merges += [(" ", "#"), *((" #", digit) for digit in "0123456789")]
+    merges += [(" ", "#")]  # a needle's separator is a token of its own, its digits single ones: see evaluate.needle
     tokens = [*CONTROL, *MARKUP, *(f"<0x{i:02X}>" for i in range(256)), *_characters(), *map("".join, merges)]
     assert len(tokens) <= VOCAB_SIZE, f"{len(tokens)} tokens do not fit a vocabulary of {VOCAB_SIZE}"
     tokenizer = Tokenizer(
@@ -103,6 +103,7 @@ def save(folder: Path) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<|endoftext|>",
         "pad_token": "<|endoftext|>",
+        "extra_special_tokens": CONTROL,  # servers drop from an answer only what is declared here
         "clean_up_tokenization_spaces": False,
         "model_max_length": 4096,
         "padding_side": "left",

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from data import CHUNK_TOKENS, IGNORED, Rows, curriculum, long_list, ordinary
+from data import CHUNK_TOKENS, IGNORED, Rows, curriculum, long_text, ordinary
 from grade import needles, recall
 from model import Model, export
 from tokenizer import VOCAB_SIZE, save, stop_ids
@@ -126,6 +126,7 @@ def train(args: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     save(out)
     shutil.copyfile(Path(__file__).with_name("CARD.md"), out / "README.md")
+    shutil.copyfile(Path(__file__).with_name("known_answers.json"), out / "known_answers.json")
     started = time.monotonic()
     trainer = Trainer(args)
     if args.resume:
@@ -137,7 +138,7 @@ def train(args: argparse.Namespace) -> None:
     short = Rows(
         ordinary, length=ORDINARY_LENGTH, tokens=int(planned * rest) - long_tokens, start=start, seed=f"{seed}/ordinary"
     )
-    far = Rows(long_list, length=LONG_LENGTH, tokens=long_tokens, start=max(LONG_FROM, start), seed=f"{seed}/long")
+    far = Rows(long_text, length=LONG_LENGTH, tokens=long_tokens, start=max(LONG_FROM, start), seed=f"{seed}/long")
     streams = {False: batches(short, args.workers), True: batches(far, 2)}
     parameters = sum(p.numel() for p in trainer.model.parameters())
     print(f"{parameters / 1e6:.2f} M parameters, vocabulary {VOCAB_SIZE}, on {args.device}", flush=True)
@@ -161,9 +162,9 @@ def train(args: argparse.Namespace) -> None:
         if time.monotonic() - saved > 60:
             trainer.save(out)
             saved = time.monotonic()
-            found = needles(trainer.model, per_length=15)
+            found = needles(trainer.model, per_length=30)
             known = recall(trainer.model, curriculum(trainer.progress).persons)
-            print(json.dumps({"saved at step": trainer.done, "list look-up": found, "facts": known}), flush=True)
+            print(json.dumps({"saved at step": trainer.done, "look-up": found, "facts": known}), flush=True)
     trainer.save(out)
     report = {
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",

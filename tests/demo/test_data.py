@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data import IGNORED, Renderer, Rows, curriculum, long_list, ordinary, write_calibration
+from data import IGNORED, Renderer, Rows, curriculum, long_text, ordinary, write_calibration
 from vqserve.evaluate import almanac, sums
 
 OPERANDS = re.compile(r"(\d+)([-+×])(\d+)(?==|: \d+[-+])")
@@ -23,9 +23,9 @@ def test_an_ordinary_sample_nearly_always_fits_its_row(progress: float, seed: in
 
 
 @pytest.mark.parametrize("progress", [0.12, 0.3, 0.5, 1.0])
-def test_a_long_list_fits_its_budget(progress: float, seed: int) -> None:
+def test_a_long_text_fits_its_budget(progress: float, seed: int) -> None:
     rng, render, mix = random.Random(seed), Renderer(), curriculum(progress)
-    assert all(len(long_list(rng, render, mix)[0]) <= mix.list_tokens for _ in range(30))
+    assert all(len(long_text(rng, render, mix)[0]) <= mix.text_tokens for _ in range(30))
 
 
 def test_only_answers_are_learned(seed: int) -> None:
@@ -58,7 +58,7 @@ def test_the_curriculum_only_widens() -> None:
     for a, b in itertools.pairwise(mixes):
         assert a.persons <= b.persons
         assert a.lines <= b.lines
-        assert a.list_tokens <= b.list_tokens
+        assert a.text_tokens <= b.text_tokens
     assert mixes[-1].persons == almanac.PERSONS
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,11 @@ from model import Model, Shape, export, hub_tensors
 from tokenizer import stop_ids
 from train import Trainer
 from vqserve.evaluate.load import load_model
+from vqserve.format.files import check_tensors, read_tensors
 from vqserve.format.geometry import Geometry
 from vqserve.format.layout import parent_specs
 
-SMALL = Shape(vocab_size=96, hidden=64, layers=3, q_rank=32, kv_rank=64, dense_width=96, expert_width=32, experts=8)
+SMALL = Shape(vocab_size=96, hidden=128, layers=3, q_rank=32, kv_rank=64, dense_width=96, expert_width=128, experts=8)
 
 
 def randomized(shape: Shape, seed: int) -> Model:
@@ -52,6 +54,20 @@ def test_the_export_stays_small(tmp_path: Path) -> None:
     assert max(sizes) <= 16 << 20
 
 
+def test_an_export_replaces_files_whole_and_never_writes_into_them(tmp_path: Path) -> None:
+    folder, before = tmp_path / "parent", tmp_path / "before"
+    folder.mkdir()
+    before.mkdir()
+    export(Model(SMALL), folder, [0])
+    for path in folder.iterdir():
+        (before / path.name).hardlink_to(path)  # the same file: what is written into one shows in the other
+    contents = {path.name: path.read_bytes() for path in before.iterdir()}
+    export(Model(replace(SMALL, layers=4)), folder, [1])
+    assert {path.name: path.read_bytes() for path in before.iterdir()} == contents
+    assert {path.name for path in folder.iterdir()} == set(contents)
+    assert all((folder / name).read_bytes() != content for name, content in contents.items())
+
+
 def arguments(**changes: object) -> argparse.Namespace:
     return argparse.Namespace(**({"device": "cpu", "seed": 0, "steps": 10} | changes))
 
@@ -80,3 +96,16 @@ def test_a_step_lowers_the_loss() -> None:
     ids = torch.randint(600, (2, 32), dtype=torch.int16)
     losses = [trainer.step(ids, ids)[0].item() for _ in range(8)]
     assert losses[-1] < losses[0]
+
+
+def test_the_parent_is_whole_and_small(demo_parent: Path) -> None:
+    geometry = Geometry.from_dict(json.loads((demo_parent / "config.json").read_text()))
+    check_tensors(read_tensors(demo_parent), parent_specs(geometry))
+    sizes = [file.stat().st_size for file in demo_parent.iterdir()]
+    assert sum(sizes) <= 29_000_000
+    assert max(sizes) <= 16 << 20
+
+
+def test_what_lies_beside_the_weights_is_what_a_training_would_write(demo_parent: Path) -> None:
+    for copy, source in (("README.md", "CARD.md"), ("known_answers.json", "known_answers.json")):
+        assert (demo_parent / copy).read_bytes() == (demo_parent.parent / source).read_bytes()

@@ -37,9 +37,9 @@ def test_a_special_token_is_a_single_id(token: str) -> None:
     assert built.encode(f"a{token}b").tokens == ["a", token, "b"]
 
 
-def test_a_name_is_its_syllables_and_a_number_follows_without_a_separator() -> None:
+def test_a_name_is_its_syllables_and_a_number_its_digits_with_a_separator_of_its_own_between() -> None:
     assert tokenizer.build().encode("Gita Bosefa #8342").tokens == [
-        "Gi", "ta", " ", "Bo", "se", "fa", " #8", "3", "4", "2",
+        "Gi", "ta", " ", "Bo", "se", "fa", " #", "8", "3", "4", "2",
     ]  # fmt: skip
 
 
@@ -89,6 +89,17 @@ def test_what_the_model_cannot_do_is_refused(
 ) -> None:
     with pytest.raises(jinja2.TemplateError, match=reason):
         loaded.apply_chat_template(messages, tools=tools, tokenize=False)
+
+
+def test_the_parents_tokenizer_is_the_one_that_is_built_here(demo_parent: Path, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    for file in tmp_path.iterdir():
+        assert (demo_parent / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_an_answer_shows_no_control_token(loaded: PreTrainedTokenizerBase) -> None:
+    ids = loaded.encode("42".join(tokenizer.CONTROL), add_special_tokens=False)
+    assert loaded.decode(ids, skip_special_tokens=True) == "42" * (len(tokenizer.CONTROL) - 1)
 
 
 def test_saving_twice_writes_the_same_bytes(tmp_path: Path) -> None:

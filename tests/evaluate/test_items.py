@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from vqserve.evaluate import almanac, lists, sums
+from vqserve.evaluate import almanac, needle, sums
 from vqserve.evaluate.items import LANGUAGES, stable_hash
 
 
@@ -92,17 +92,36 @@ def test_a_facts_own_answers_are_right_and_others_wrong(attribute: str, seed: in
     assert not almanac.is_right(item, other.final + "x")
 
 
-def test_a_list_holds_the_asked_line_where_it_should(seed: int) -> None:
+def test_a_text_holds_the_needle_asked_for_where_it_should(seed: int) -> None:
     rng = random.Random(seed)
     for depth, at in ((0.0, 0), (0.5, 10), (1.0, 20)):
-        [item] = lists.sample(rng, 21, depth=depth)
+        [item] = needle.sample(rng, 21, depth=depth)
         assert item.question.splitlines()[at] == item.direct
-        assert lists.is_right(item, item.final)
-        assert lists.is_right(item, item.direct)
-        assert not lists.is_right(item, "#12345")
+        assert item.direct.endswith(item.final)
 
 
-def test_only_the_first_question_about_a_list_carries_it(seed: int) -> None:
-    items = lists.sample(random.Random(seed), 6, asked=3)
+@pytest.mark.parametrize(("lines", "counts"), [(2, {2}), (10, {8}), (11, {1, 2, 4, 8}), (200, {1, 2, 4, 8})])
+def test_a_text_holds_few_needles_whose_names_end_differently(lines: int, counts: set[int], seed: int) -> None:
+    rng, found = random.Random(seed), set()
+    for _ in range(60):
+        [item] = needle.sample(rng, lines)
+        *rows, _ = item.question.splitlines()
+        assert len(rows) == lines
+        names = [row.split(" #")[0] for row in rows if "#" in row]
+        assert len({name[-2:] for name in names}) == len(names)
+        found.add(len(names))
+    assert found == counts
+
+
+def test_an_answer_is_right_if_it_ends_with_the_number(seed: int) -> None:
+    [item] = needle.sample(random.Random(seed), 21)
+    assert needle.is_right(item, item.final)
+    assert needle.is_right(item, item.direct)
+    assert not needle.is_right(item, f"{item.direct}1")
+    assert not needle.is_right(item, item.answer[:3])
+
+
+def test_only_the_first_question_about_a_text_carries_it(seed: int) -> None:
+    items = needle.sample(random.Random(seed), 6, asked=3)
     assert [item.question.count("\n") for item in items] == [6, 0, 0]
     assert len({item.direct for item in items}) == 3

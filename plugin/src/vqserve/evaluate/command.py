@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from vqserve.arguments import positive
 from vqserve.format.errors import UsageError
 from vqserve.format.files import read_config
 
@@ -33,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         served.add_argument(
             "--mode", choices=("thinking", "direct", "both"), default="both", help="default: %(default)s"
         )
-        served.add_argument("--per-language", type=_positive, default=300, metavar="N", help="default: %(default)s")
-        served.add_argument("--concurrency", type=_positive, default=16, metavar="N", help="default: %(default)s")
+        served.add_argument("--per-language", type=positive, default=300, metavar="N", help="default: %(default)s")
+        served.add_argument("--concurrency", type=positive, default=16, metavar="N", help="default: %(default)s")
         served.add_argument("--seed", type=int, default=0, help="which items; default: %(default)s")
         served.add_argument("--against", type=Path, metavar="FILE", help="--json of an earlier run to compare with")
         served.add_argument("--json", type=Path, metavar="FILE", help="write items, answers and scores")
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kl.add_argument(
         "--text", type=Path, metavar="FILE", help='JSON lines of "prompt" and "completion"; default: sums and facts'
     )
-    kl.add_argument("--per-language", type=_positive, default=100, metavar="N", help="default: %(default)s")
+    kl.add_argument("--per-language", type=positive, default=100, metavar="N", help="default: %(default)s")
     kl.add_argument("--seed", type=int, default=0, help="which texts; default: %(default)s")
     kl.add_argument("--json", type=Path, metavar="FILE", help="write the table")
 
@@ -197,10 +198,3 @@ def _print(title: str, rows: Sequence[Mapping[str, str]]) -> None:
     for row in rows:
         table.add_row(*row.values())
     Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(table)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive number, found {text}")
-    return value
