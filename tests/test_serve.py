@@ -12,6 +12,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+import torch
 
 import vqserve
 from random_checkpoint import make_random_checkpoint
@@ -19,6 +20,7 @@ from random_parent import make_random_parent
 from vqserve.cli import main
 from vqserve.format.manifest import write_manifest
 from vqserve.serve import PLUGINS
+from vqserve.settings import SPINE
 
 Capture = pytest.CaptureFixture[str]
 
@@ -83,6 +85,66 @@ def test_every_default_can_be_overridden(random_checkpoint: Path, tmp_path: Path
     cores = [core for rank in ranks for core in rank.split(",")]
     assert len(ranks) == 2
     assert len(set(cores)) == len(cores)
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, *features: str) -> None:
+    """Has torch, and so vLLM, find a CPU of these features."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(features, True))
+
+
+@pytest.mark.parametrize(
+    ("features", "setting", "spine", "dtype"),
+    [
+        (("avx2",), None, "dequantized", "float32"),
+        (("avx2", "avx512_f"), None, "dequantized", "float32"),
+        (("avx2", "avx512_f"), "packed", "packed", "auto"),
+        (("avx2", "avx512_f", "avx512_bf16"), None, "packed", "auto"),
+        (("avx2", "avx512_f", "avx512_bf16"), "dequantized", "dequantized", "auto"),
+    ],
+)
+def test_a_cpu_serves_in_what_it_multiplies_fast(
+    features: tuple[str, ...],
+    setting: str | None,
+    spine: str,
+    dtype: str,
+    random_checkpoint: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pretend(monkeypatch, *features)
+    if setting:
+        monkeypatch.setenv(SPINE, setting)
+    environment, command = printed(capsys, str(random_checkpoint))
+    assert environment[SPINE] == spine
+    assert value(command, "--dtype") == dtype
+
+
+def test_a_cpu_without_avx2_is_refused_in_one_line(
+    random_checkpoint: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch, "avx")
+    assert "this CPU has no AVX2" in refused(capsys, str(random_checkpoint))
+
+
+@pytest.mark.parametrize(("setting", "says"), [("packed", "no 4-bit GEMM"), ("4bit", "expected packed or dequantized")])
+def test_a_spine_that_cannot_be_is_refused(
+    setting: str, says: str, random_checkpoint: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch, "avx2")
+    monkeypatch.setenv(SPINE, setting)
+    error = refused(capsys, str(random_checkpoint))
+    assert f"{SPINE}={setting}: " in error
+    assert says in error
+
+
+def test_a_parent_is_served_as_it_is_with_the_same_settings(
+    random_parent: Path, random_checkpoint: Path, capsys: Capture
+) -> None:
+    environment, command = printed(capsys, str(random_parent), "--bf16")
+    expected, other = printed(capsys, str(random_checkpoint))
+    assert environment == expected
+    assert command == [str(random_parent) if word == str(random_checkpoint) else word for word in other]
+    assert "quantized already" in refused(capsys, str(random_checkpoint), "--bf16")
 
 
 def test_what_follows_the_dashes_goes_to_vllm_as_it_is(random_checkpoint: Path, capsys: Capture) -> None:

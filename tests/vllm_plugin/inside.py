@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from random_checkpoint import read_tensors
 from random_parent import write_weights
+from vqserve.format.errors import UsageError
 from vqserve.format.flat import BUFFERS
 from vqserve.format.names import parse_expert_tensor
+from vqserve.settings import SPINE
 
 Stream = list[tuple[str, Tensor]]
 
@@ -105,6 +109,20 @@ def reload_from(folder: Path, prompt: list[int], engine: Any) -> Tensor:
     [output] = engine.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
     [row] = output.outputs[0].logprobs
     return torch.tensor([row[token].logprob for token in sorted(row)])
+
+
+def why_dequantized(dtype: str, setting: str | None) -> str | None:
+    """What the plugin says with `SPINE` set so, an error included."""
+    from vqserve.vllm_plugin import linear
+
+    with patch.dict(os.environ):
+        os.environ.pop(SPINE, None)
+        if setting:
+            os.environ[SPINE] = setting
+        try:
+            return linear.why_dequantized(getattr(torch, dtype))
+        except UsageError as error:
+            return str(error)
 
 
 def remove_tensor(folder: Path, name: str) -> None:

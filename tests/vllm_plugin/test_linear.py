@@ -12,12 +12,14 @@ from torch import Tensor
 from random_checkpoint import read_tensors
 from vllm_plugin import inside
 from vllm_plugin.engine_process import EngineProcess, Question
-from vllm_plugin.test_logits import HALF, difference
+from vllm_plugin.test_logits import FP32, HALF, difference
 from vqserve.reference.gptq import dequantize_gptq
 
 FUSED = {"fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"), "gate_up_proj": ("gate_proj", "up_proj")}
 SPLIT = {"gate_up_proj": 0, "q_b_proj": 0, "o_proj": 1, "down_proj": 1}
 """The axis of [N, K] along which ranks share a layer; others are every rank's."""
+
+TOLERANCE = {**HALF, "float32": FP32}
 
 pytestmark = pytest.mark.slow
 
@@ -32,7 +34,7 @@ def expected(checkpoint: Path, name: str, rank: int, ranks: int, dtype: torch.dt
     return torch.cat(parts)
 
 
-@pytest.mark.parametrize(("ranks", "dtype"), [(1, torch.float16), (2, torch.bfloat16)])
+@pytest.mark.parametrize(("ranks", "dtype"), [(1, torch.float16), (1, torch.float32), (2, torch.bfloat16)])
 def test_each_rank_multiplies_by_the_weights_of_the_reference(
     ranks: int,
     dtype: torch.dtype,
@@ -53,7 +55,46 @@ def test_each_rank_multiplies_by_the_weights_of_the_reference(
         for layer, weight in weights.items():
             assert torch.equal(weight, expected(unrouted, layer, rank, ranks, dtype)), layer
     theirs, _ = engines.ask(Question(unrouted_plain, prompts, name))
-    assert difference(ours, theirs) < HALF[name]
+    assert difference(ours, theirs) < TOLERANCE[name]
+
+
+def test_in_float32_the_spine_is_dequantized_on_any_cpu(
+    engines: EngineProcess, unrouted: Path, unrouted_plain: Path, prompts: list[list[int]]
+) -> None:
+    ours, [weights] = engines.ask(Question(unrouted, prompts, inspect=inside.spine_weights))
+    assert len(weights) == 20
+    assert difference(ours, engines.ask(Question(unrouted_plain, prompts))[0]) < FP32
+
+
+@pytest.mark.parametrize(
+    ("library", "dtype", "setting", "reason"),
+    [
+        ("any", "float32", None, "vLLM's 4-bit GEMM takes no float32"),
+        ("any", "float32", "packed", "VQSERVE_SPINE=packed: vLLM's 4-bit GEMM takes no float32; set it to"),
+        ("avx2", "bfloat16", None, "vLLM has no 4-bit GEMM for CPUs without AVX-512"),
+        ("avx2", "bfloat16", "packed", "VQSERVE_SPINE=packed: vLLM has no 4-bit GEMM"),
+        ("any", "bfloat16", "4bit", "VQSERVE_SPINE=4bit: expected packed or dequantized"),
+    ],
+)
+def test_why_the_spine_is_dequantized_or_why_it_cannot_stay_packed(
+    library: str,
+    dtype: str,
+    setting: str | None,
+    reason: str,
+    engines: EngineProcess,
+    engines_without_avx512: EngineProcess,
+) -> None:
+    process = engines_without_avx512 if library == "avx2" else engines
+    found = process.call(inside.why_dequantized, dtype, setting)
+    assert found.startswith(reason) or (dtype == "float32" and "without AVX-512" in found)
+
+
+def test_with_a_4_bit_gemm_the_setting_decides(engines: EngineProcess) -> None:
+    has_gemm = bool(torch.cpu.get_capabilities().get("avx512_f"))
+    lacking = "vLLM has no 4-bit GEMM for CPUs without AVX-512"
+    assert engines.call(inside.why_dequantized, "bfloat16", None) == (None if has_gemm else lacking)
+    forced = engines.call(inside.why_dequantized, "bfloat16", "dequantized")
+    assert forced == ("VQSERVE_SPINE asks for it" if has_gemm else lacking)
 
 
 def test_a_dequantized_spine_can_be_loaded_anew_while_serving(

@@ -16,7 +16,8 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from vqserve.format.known_answers import KNOWN_ANSWERS, KnownAnswer
-from vqserve.vllm_plugin.readiness import WARM_UP_SECONDS, Readiness, ReadinessPlugin, is_local
+from vqserve.settings import WARM_UP_SECONDS
+from vqserve.vllm_plugin.readiness import Readiness, ReadinessPlugin, is_local
 from vqserve.vllm_plugin.warm_up import Ask, Reply
 
 PROMPTS = [

@@ -11,10 +11,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from vqserve.format.config import PROJECTIONS
-from vqserve.format.errors import CheckpointError, ConfigError, TensorError
-from vqserve.format.files import DIGEST_LIMIT, check_tensors, read_config, read_tensors
-from vqserve.format.geometry import Geometry
-from vqserve.format.layout import float_dtype, parent_specs
+from vqserve.format.errors import CheckpointError, TensorError
+from vqserve.format.files import DIGEST_LIMIT, check_parent
 from vqserve.format.manifest import sha256_file
 from vqserve.format.names import expert_tensor, experts_module
 
@@ -40,14 +38,9 @@ class Parent:
             CheckpointError: There is no checkpoint, or it is quantized already, damaged, incomplete, or holds a tensor
                 that this architecture has no place for.
         """
-        self.folder = folder
-        self.config = read_config(folder)
-        if self.config.get("quantization_config") is not None:
-            where = f"{folder / 'config.json'}: quantization_config"
-            raise ConfigError(where, "the checkpoint is quantized already", "give the unquantized parent")
-        self.geometry = Geometry.from_dict(self.config)
-        self.tensors = read_tensors(folder)
-        check_tensors(self.tensors, parent_specs(self.geometry, float_dtype(self.config)), remedy=_DOWNLOAD)
+        checked = check_parent(folder)
+        self.folder, self.config = folder, dict(checked.config)
+        self.geometry, self.tensors = checked.geometry, checked.tensors
 
     def tensor(self, name: str) -> Tensor:
         """Reads one tensor, in its stored dtype, onto the CPU.

@@ -7,6 +7,7 @@ import json
 import random
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from vqserve.arguments import positive
+from vqserve.evaluate.items import LANGUAGES
+from vqserve.evaluate.needle import DEPTHS, LENGTHS
 from vqserve.format.errors import UsageError
 from vqserve.format.files import read_config
 
@@ -27,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for task, text in (
         ("arithmetic", "held-out sums in three languages, put to a server"),
         ("recall", "facts of the demo model's almanac, put to a server"),
+        ("needle", "numbers to look up in long texts, put to a server"),
     ):
         served = tasks.add_parser(task, help=text, description=text[0].upper() + text[1:] + ".")
         served.add_argument("url", metavar="URL", help="e.g. http://127.0.0.1:8001; API key in VLLM_API_KEY")
@@ -34,7 +38,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         served.add_argument(
             "--mode", choices=("thinking", "direct", "both"), default="both", help="default: %(default)s"
         )
-        served.add_argument("--per-language", type=positive, default=300, metavar="N", help="default: %(default)s")
+        if task == "needle":
+            each = f"{len(LANGUAGES)} languages x {len(DEPTHS)} depths in turn"
+            served.add_argument(
+                "--lengths",
+                type=_lengths,
+                default=LENGTHS,
+                metavar="N,...",
+                help=f"tokens of prompt and answer; default: {','.join(map(str, LENGTHS))}",
+            )
+            served.add_argument(
+                "--per-length", type=positive, default=60, metavar="N", help=f"{each}; default: %(default)s"
+            )
+            served.add_argument(
+                "--answer-tokens", type=positive, default=64, metavar="N", help="room for the answer; default: 64"
+            )
+        else:
+            served.add_argument("--per-language", type=positive, default=300, metavar="N", help="default: %(default)s")
         served.add_argument("--concurrency", type=positive, default=16, metavar="N", help="default: %(default)s")
         served.add_argument("--seed", type=int, default=0, help="which items; default: %(default)s")
         served.add_argument("--against", type=Path, metavar="FILE", help="--json of an earlier run to compare with")
@@ -68,37 +88,58 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _questions(args: argparse.Namespace) -> dict[str, Any]:
-    from vqserve.evaluate.questions import MODES, check_same, compare, measure, table
+    from vqserve.evaluate.questions import MODES, check_same, compare, draw, draw_needles, measure, table
     from vqserve.evaluate.served import Server
 
     before = _read_run(args.against) if args.against else None
     server = Server(args.url, args.model, args.concurrency)
     modes = list(MODES) if args.mode == "both" else [args.mode]
+    if args.task == "needle":
+        server = replace(server, max_tokens=args.answer_tokens)
+        asked = draw_needles(server, args.lengths, args.per_length, args.seed)
+    else:
+        asked = draw(args.task, args.per_language, args.seed)
     if before is not None:
-        check_same(before, args.task, modes, per_language=args.per_language, seed=args.seed)
-    results = measure(
-        args.task, server, modes, per_language=args.per_language, seed=args.seed, progress=sys.stderr.isatty()
-    )
+        check_same(before, modes, asked)
+    results = measure(args.task, server, modes, asked, progress=sys.stderr.isatty())
     rows, items = table(results), [result.to_dict() for result in results]
-    _print(
-        f"{args.task}, seed {args.seed}",
-        [
-            {
-                "mode": row["mode"],
-                "group": row["group"],
-                "items": str(row["items"]),
-                "right": f"{row['right']:.1%}",
-                "95 % interval": f"{row['low']:.1%} - {row['high']:.1%}",
-                "ended": f"{row['ended']:.1%}",
-            }
-            for row in rows
-        ],
-    )
+    title = f"{args.task}, seed {args.seed}"
+    _print(title, _by_length_and_depth(rows) if args.task == "needle" else list(map(_shown, rows)))
     report: dict[str, Any] = {"task": args.task, "url": args.url, "seed": args.seed, "scores": rows, "items": items}
     if before is not None:
         report["against"] = paired = compare(items, before)
         print(f"against {args.against}: {paired['gained']} gained, {paired['lost']} lost, p = {paired['p']:.3g}")
     return report
+
+
+def _shown(row: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "mode": row["mode"],
+        "group": row["group"],
+        "items": str(row["items"]),
+        "right": f"{row['right']:.1%}",
+        "95 % interval": f"{row['low']:.1%} - {row['high']:.1%}",
+        "ended": f"{row['ended']:.1%}",
+    }
+
+
+def _by_length_and_depth(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """A line per group, and in those of a length what is right at each depth, 0 % being the text's first line."""
+    found = {(row["mode"], row["group"]): row for row in rows}
+    lines = []
+    for (mode, group), row in found.items():
+        if " at " in group:
+            continue
+        line = _shown(row)
+        for depth in DEPTHS:
+            part = found.get((mode, f"{group} at {depth:.0%}"))
+            line[f"at {depth:.0%}"] = f"{round(part['right'] * part['items'])}/{part['items']}" if part else ""
+        lines.append(line)
+    return lines
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    return tuple(sorted({positive(length) for length in text.split(",")}))
 
 
 def _read_run(path: Path) -> list[dict[str, Any]]:

@@ -21,7 +21,8 @@ class Item:
 
     Attributes:
         language: One of `LANGUAGES`.
-        kind: What is asked, e.g. `+`, `word ×`, `fact city`; results are broken down by it.
+        kind: What is asked, e.g. `+`, `word ×`, `fact city`; results are broken down by it, and those of a kind
+            `A at B` by A as well.
         question: The user's message.
         thinking: The model's reasoning before it answers, without the tags around it.
         final: The answer after reasoning.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -15,10 +14,9 @@ from transformers.utils import logging
 
 from vqserve.format.config import PROJECTIONS
 from vqserve.format.errors import CheckpointError
-from vqserve.format.files import Checkpoint, check_checkpoint, check_tensors, read_config, read_tensors
+from vqserve.format.files import Checkpoint, check_checkpoint, check_parent, read_config
 from vqserve.format.geometry import Geometry
 from vqserve.format.headers import StoredTensor
-from vqserve.format.layout import float_dtype, parent_specs
 from vqserve.format.names import codebook_name, expert_tensor, layer_of
 from vqserve.format.tiers import TIERS
 from vqserve.reference.dequantize import Codebook, dequantize
@@ -33,7 +31,7 @@ def load_model(folder: Path) -> GlmMoeDsaForCausalLM:
     """
     config = read_config(folder)
     plain = config.get("quantization_config") is None
-    weights = _stored(folder, config) if plain else dequantized(check_checkpoint(folder))
+    weights = _stored(folder) if plain else dequantized(check_checkpoint(folder))
     unused = Geometry.from_dict(config).mtp_layers  # transformers' class does not have them
     state = {name: weight for name, weight in weights if layer_of(name) not in unused}
     stock = GlmMoeDsaConfig.from_dict({k: v for k, v in config.items() if k != "quantization_config"})
@@ -95,13 +93,10 @@ class _Reader:
         return tensor
 
 
-def _stored(folder: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+def _stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every weight of an unquantized checkpoint, fp32."""
-    stored = read_tensors(folder)
-    specs = parent_specs(Geometry.from_dict(config), float_dtype(config))
-    check_tensors(stored, specs, remedy="copy the checkpoint again from where it came from")
-    tensors = _Reader(stored)
-    for name in stored:
+    tensors = _Reader(check_parent(folder).tensors)
+    for name in tensors.files:
         yield name, tensors[name].float()
 
 

@@ -13,9 +13,11 @@ for the demo model, which earlier could only guess:
 from __future__ import annotations
 
 import random
+import re
+from collections.abc import Mapping
 
 from vqserve.evaluate.almanac import full_name, syllables
-from vqserve.evaluate.items import Item, choose_language, last_line
+from vqserve.evaluate.items import LANGUAGES, Item, choose_language, last_line
 
 QUESTIONS = {
     "en": "In the list, what is the number of {n}?",
@@ -27,7 +29,7 @@ NEEDLES = (1, 2, 4, MOST_NEEDLES)
 """How many needles a text of more than `SHORT` lines holds, each number as often; a shorter one holds all it can."""
 SHORT = 10
 LENGTHS = (160, 512, 1024, 2048, 4096)
-"""Tokens of a prompt with its answer that `vqserve eval needle` asks at."""
+"""Tokens of a prompt with the room for its answer that `vqserve eval needle` asks at."""
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Where the asked line stands: 0 = first, 1 = last."""
 
@@ -68,9 +70,26 @@ def sample(
     return items
 
 
+def draw(lines: Mapping[int, int], per_length: int, seed: int) -> list[Item]:
+    """Items of every length, languages and depths in turn; `LANGUAGES` x `DEPTHS` of them have each combination once.
+
+    Args:
+        lines: Lines of a text by the length in tokens that it stands for.
+        per_length: Items of each length.
+        seed: Of the draws.
+    """
+    rng, items = random.Random(f"needle/{seed}"), []
+    for length, count in lines.items():
+        for i in range(per_length):
+            language, depth = LANGUAGES[i % len(LANGUAGES)], DEPTHS[i // len(LANGUAGES) % len(DEPTHS)]
+            kind = f"{length} tokens at {depth:.0%}"
+            items += sample(rng, count, language=language, depth=depth, kind=kind)
+    return items
+
+
 def is_right(item: Item, text: str) -> bool:
-    """Whether an answer ends with the number; a direct answer repeats the line it found."""
-    return last_line(text).rsplit("#", 1)[-1] == item.answer
+    """Whether the number is the last one in the last line of an answer; a direct one repeats the line it found."""
+    return re.findall(r"[0-9]+", last_line(text))[-1:] == [item.answer]
 
 
 def _needles(rng: random.Random, count: int) -> dict[str, str]:

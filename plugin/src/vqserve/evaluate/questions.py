@@ -1,21 +1,23 @@
-"""`vqserve eval arithmetic` and `recall`: items put to a served model, scored, tabled and compared."""
+"""`vqserve eval arithmetic`, `recall` and `needle`: items put to a served model, scored, tabled and compared."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from vqserve.evaluate import almanac, sums
+from vqserve.evaluate import almanac, needle, sums
 from vqserve.evaluate.items import LANGUAGES, Item
 from vqserve.evaluate.served import Reply, Server
 from vqserve.evaluate.statistics import mcnemar, wilson
 from vqserve.format.errors import UsageError
 
-TASKS = {"arithmetic": sums, "recall": almanac}
-"""Task -> the module that draws its items and judges answers."""
+TASKS = {"arithmetic": sums, "recall": almanac, "needle": needle}
+"""Task -> the module that judges its answers."""
 MODES = {"thinking": True, "direct": False}
+PROBED_LINES = (12, 60)
+"""Lines of the texts that tell how many tokens a line takes."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,13 @@ class Result:
             "reasoning": self.reply.reasoning,
             "content": self.reply.content,
             "ended": self.reply.ended,
+            "prompt_tokens": self.reply.prompt_tokens,
             "right": self.right,
         }
 
 
 def draw(task: str, per_language: int, seed: int) -> list[Item]:
-    """The items of a task: held-out sums, or facts with every attribute equally often."""
+    """The items of a task by language: held-out sums, or facts with every attribute equally often."""
     rng = random.Random(f"{task}/{seed}")
     items: list[Item] = []
     for language in LANGUAGES:
@@ -57,15 +60,46 @@ def draw(task: str, per_language: int, seed: int) -> list[Item]:
     return items
 
 
-def measure(
-    task: str, server: Server, modes: Sequence[str], *, per_language: int, seed: int, progress: bool
-) -> list[Result]:
+def draw_needles(server: Server, lengths: Sequence[int], per_length: int, seed: int) -> list[Item]:
+    """The items of the needle task, in texts as long as the server's tokenizer makes them.
+
+    Two short texts in every language tell what a line takes.
+
+    Args:
+        server: Is asked for its context, and to count; its `max_tokens` is the room for an answer.
+        lengths: Tokens of prompt and answer.
+        per_length: Items of each length.
+        seed: Of the draws.
+
+    Raises:
+        UsageError: The server cannot be reached or does not count, or a length is beyond its context or has no room.
+    """
+    context = server.context()
+    if context is not None and max(lengths) > context:
+        problem = f"--lengths {max(lengths)}: {server.url} serves {context} tokens"
+        raise UsageError(f"{problem}; choose shorter ones, or serve with a larger --max-model-len")
+    few, many = PROBED_LINES
+    probes = needle.draw({few: few, many: many}, len(LANGUAGES), seed)
+    counts = [reply.prompt_tokens for reply in replace(server, max_tokens=1).ask(probes, thinking=False)]
+    short, long = counts[: len(LANGUAGES)], counts[len(LANGUAGES) :]
+    line = max((b - a) / (many - few) for a, b in zip(short, long, strict=True))
+    if line <= 0:
+        raise UsageError(f"{server.url}: counts no tokens of a prompt (`usage`), without which a length means nothing")
+    besides = max(short) - few * line
+    lines = {length: int((length - server.max_tokens - besides) / line) for length in lengths}
+    for length, count in lines.items():
+        if count < 1:
+            raise UsageError(f"--lengths {length}: no room for a line beside {server.max_tokens} tokens of answer")
+    return needle.draw(lines, per_length, seed)
+
+
+def measure(task: str, server: Server, modes: Sequence[str], items: Sequence[Item], *, progress: bool) -> list[Result]:
     """Put the items of a task to a server, once per mode.
 
     Raises:
         UsageError: The server cannot be reached, or refuses.
     """
-    judge, items, results = TASKS[task], draw(task, per_language, seed), []
+    judge, results = TASKS[task], []
     for mode in modes:
         replies = server.ask(items, thinking=MODES[mode], progress=progress)
         for item, reply in zip(items, replies, strict=True):
@@ -74,7 +108,10 @@ def measure(
 
 
 def table(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """A row per mode and language, and per mode and kind: share right with its 95 % interval, and share that ended."""
+    """A row per mode and language, and per mode and kind: share right with its 95 % interval, and share that ended.
+
+    Kinds `A at B` have a row for A before theirs.
+    """
     rows = []
     for mode in dict.fromkeys(result.mode for result in results):
         chosen = [result for result in results if result.mode == mode]
@@ -82,7 +119,9 @@ def table(results: Sequence[Result]) -> list[dict[str, Any]]:
         for result in chosen:
             groups.setdefault(result.item.language, []).append(result)
         for result in chosen:
-            groups.setdefault(result.item.kind, []).append(result)
+            kind = result.item.kind
+            for name in dict.fromkeys((kind.partition(" at ")[0], kind)):
+                groups.setdefault(name, []).append(result)
         for name, group in groups.items():
             right, ended = sum(r.right for r in group), sum(r.reply.ended for r in group)
             low, high = wilson(right, len(group))
@@ -91,15 +130,13 @@ def table(results: Sequence[Result]) -> list[dict[str, Any]]:
     return rows
 
 
-def check_same(
-    before: Sequence[Mapping[str, Any]], task: str, modes: Sequence[str], *, per_language: int, seed: int
-) -> None:
+def check_same(before: Sequence[Mapping[str, Any]], modes: Sequence[str], items: Sequence[Item]) -> None:
     """Refuse, before anything is asked, to compare with a run on other items.
 
     Raises:
         UsageError: That run had another task, seed, size or modes.
     """
-    wanted = [(mode, item.question, item.answer) for mode in modes for item in draw(task, per_language, seed)]
+    wanted = [(mode, item.question, item.answer) for mode in modes for item in items]
     if wanted != [(row["mode"], row["question"], row["expected"]) for row in before]:
         raise UsageError("--against: expected a run of the same task, seed, size and modes; run that one again")
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import httpx2
 import openai
+from openai.types import Model
 from tqdm import tqdm
 
 from vqserve.evaluate.items import Item
 from vqserve.format.errors import UsageError
+
+T = TypeVar("T")
 
 TIMEOUT = 600.0
 """Seconds one answer may take; a busy server queues."""
@@ -28,11 +32,13 @@ class Reply:
         content: The answer, without its reasoning.
         reasoning: The reasoning, empty if there is none.
         ended: The model ended it; False if it ran into the token limit.
+        prompt_tokens: Tokens of the prompt as the server rendered it.
     """
 
     content: str
     reasoning: str
     ended: bool
+    prompt_tokens: int
 
 
 @dataclass(frozen=True)
@@ -57,8 +63,19 @@ class Server:
         Raises:
             UsageError: The server cannot be reached, or refuses.
         """
+        return self._run(self._ask(items, thinking, progress))
+
+    def context(self) -> int | None:
+        """The longest prompt and answer that the server takes, in tokens, if it says so as vLLM does.
+
+        Raises:
+            UsageError: The server cannot be reached, or refuses.
+        """
+        return self._run(self._context())
+
+    def _run(self, asking: Coroutine[Any, Any, T]) -> T:
         try:
-            return asyncio.run(self._ask(items, thinking, progress))
+            return asyncio.run(asking)
         except (openai.APIConnectionError, httpx2.InvalidURL) as cause:
             raise UsageError(f"{self.url}: cannot be reached; start a server with `vqserve serve PATH`") from cause
         except openai.AuthenticationError as cause:
@@ -66,13 +83,21 @@ class Server:
         except openai.APIStatusError as cause:
             raise UsageError(f"{self.url}: answered {cause.status_code}: {cause.message}") from cause
 
-    async def _ask(self, items: Sequence[Item], thinking: bool, progress: bool) -> list[Reply]:
+    def _client(self) -> openai.AsyncOpenAI:
         base = self.url.rstrip("/").removesuffix("/v1") + "/v1"
         key = os.environ.get("VLLM_API_KEY") or "none"
+        return openai.AsyncOpenAI(base_url=base, api_key=key, timeout=TIMEOUT, max_retries=RETRIES)
+
+    async def _context(self) -> int | None:
+        async with self._client() as client:
+            found: int | None = getattr(await self._chosen(client), "max_model_len", None)
+            return found
+
+    async def _ask(self, items: Sequence[Item], thinking: bool, progress: bool) -> list[Reply]:
         slots = asyncio.Semaphore(self.concurrency)
         label = "thinking" if thinking else "direct"
-        async with openai.AsyncOpenAI(base_url=base, api_key=key, timeout=TIMEOUT, max_retries=RETRIES) as client:
-            model = self.model or await self._first_model(client)
+        async with self._client() as client:
+            model = self.model or (await self._chosen(client)).id
             with tqdm(total=len(items), desc=label, unit="item", disable=not progress) as bar:
 
                 async def one(item: Item) -> Reply:
@@ -87,12 +112,15 @@ class Server:
                     bar.update()
                     choice = answer.choices[0]
                     reasoning = getattr(choice.message, "reasoning", None) or ""
-                    return Reply(choice.message.content or "", reasoning, choice.finish_reason == "stop")
+                    tokens = answer.usage.prompt_tokens if answer.usage else 0
+                    return Reply(choice.message.content or "", reasoning, choice.finish_reason == "stop", tokens)
 
                 return await asyncio.gather(*map(one, items))
 
-    async def _first_model(self, client: openai.AsyncOpenAI) -> str:
+    async def _chosen(self, client: openai.AsyncOpenAI) -> Model:
         models = (await client.models.list()).data
-        if not models:
-            raise UsageError(f"{self.url}: lists no model; name one with --model")
-        return models[0].id
+        wanted = [model for model in models if self.model in (None, model.id)]
+        if not wanted:
+            listed = ", ".join(model.id for model in models) or "no model"
+            raise UsageError(f"{self.url}: lists {listed}; name one that it serves with --model")
+        return wanted[0]

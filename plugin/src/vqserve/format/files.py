@@ -15,7 +15,7 @@ from vqserve.format.config import QuantConfig
 from vqserve.format.errors import CheckpointError, ConfigError, TensorError
 from vqserve.format.geometry import Geometry
 from vqserve.format.headers import StoredTensor, read_header
-from vqserve.format.layout import TensorSpec, checkpoint_specs
+from vqserve.format.layout import TensorSpec, checkpoint_specs, float_dtype, parent_specs
 from vqserve.format.manifest import FileRecord, Report, check_manifest, plain_file, read_manifest, refuse
 from vqserve.format.strict_json import read_object
 from vqserve.format.values import check_codebooks, check_scales, check_zero_points
@@ -24,6 +24,7 @@ INDEX = "model.safetensors.index.json"
 DIGEST_LIMIT = 1 << 30
 """Checkpoints below this many bytes are read whole by `vqserve serve`, for their sha256: it takes about a second."""
 
+_DOWNLOAD = "download the parent checkpoint again, as its makers publish it"
 _REENCODE = "restore the checkpoint from where it came from, or encode it again"
 
 
@@ -48,6 +49,41 @@ class Checkpoint:
     files: Mapping[str, FileRecord]
     specs: Mapping[str, TensorSpec]
     tensors: Mapping[str, StoredTensor]
+
+
+@dataclass(frozen=True)
+class ParentCheckpoint:
+    """An unquantized checkpoint whose headers have been checked.
+
+    Attributes:
+        path: Its folder.
+        config: The parsed `config.json`.
+        geometry: The model's sizes.
+        tensors: Where every tensor is, by name.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    geometry: Geometry
+    tensors: Mapping[str, StoredTensor]
+
+
+def check_parent(folder: Path) -> ParentCheckpoint:
+    """Checks configuration and headers of an unquantized checkpoint: every tensor's name, dtype and shape.
+
+    Raises:
+        CheckpointError: There is no checkpoint, or it is quantized already, damaged, incomplete, or holds a tensor that
+            this architecture has no place for.
+    """
+    with readable(folder):
+        config = read_config(folder)
+        if config.get("quantization_config") is not None:
+            where = f"{folder / 'config.json'}: quantization_config"
+            raise ConfigError(where, "the checkpoint is quantized already", "give the unquantized parent")
+        geometry = Geometry.from_dict(config)
+        tensors = read_tensors(folder)
+        check_tensors(tensors, parent_specs(geometry, float_dtype(config)), remedy=_DOWNLOAD)
+    return ParentCheckpoint(folder, config, geometry, tensors)
 
 
 def check_checkpoint(folder: Path, digests: bool | None = None) -> Checkpoint:
@@ -108,7 +144,7 @@ def described(folder: Path, config: Mapping[str, Any]) -> tuple[Geometry, QuantC
         raise ConfigError(
             str(folder / "config.json"),
             "no quantization_config: the checkpoint is not quantized",
-            "run `vqserve encode SRC DST` on it and use DST",
+            "run `vqserve encode SRC DST` on it and use DST; `vqserve serve --bf16` serves it as it is",
         )
     return geometry, QuantConfig.from_dict(config["quantization_config"]), checkpoint_specs(config)
 

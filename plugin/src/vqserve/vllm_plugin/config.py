@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PretrainedConfig
-from vllm.config import get_current_vllm_config
+from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from vqserve.format.config import QUANT_METHOD, QuantConfig
@@ -21,7 +21,7 @@ from vqserve.format.errors import ConfigError
 from vqserve.format.files import check_checkpoint
 from vqserve.format.geometry import Geometry
 from vqserve.format.layout import check_shardable, gptq_specs, spine_shapes
-from vqserve.vllm_plugin.linear import has_4_bit_gemm, spine_method
+from vqserve.vllm_plugin.linear import spine_method, why_dequantized
 from vqserve.vllm_plugin.moe import MixedVQMoEMethod
 
 _check_shardable = cache(check_shardable)  # asked for every layer
@@ -43,8 +43,7 @@ class VQServeConfig(QuantizationConfig):
         return QUANT_METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        half = [torch.bfloat16, torch.float16]
-        return half if self._spine else [*half, torch.float32]
+        return [torch.bfloat16, torch.float16, torch.float32]
 
     @classmethod
     def get_min_capability(cls) -> int:
@@ -75,8 +74,6 @@ class VQServeConfig(QuantizationConfig):
         """
         assert hf_config is not None, "vLLM 0.32 always passes it"
         self.geometry = Geometry.from_dict(hf_config.to_dict())
-        if self._spine and not has_4_bit_gemm():
-            self._say_that_the_spine_grows(self.geometry)
         folder = Path(model_name)
         if any(folder.glob("*.safetensors")):  # not so for `--load-format dummy` on a configuration alone
             check_checkpoint(folder, digests=False)
@@ -85,9 +82,10 @@ class VQServeConfig(QuantizationConfig):
         """The method of one layer, None for what has no weights of its own.
 
         Raises:
-            UsageError: The model cannot be split over this many ranks.
+            UsageError: The model cannot be split over this many ranks, or its spine not stay in 4 bit though it is to.
         """
-        parallel = get_current_vllm_config().parallel_config
+        vllm_config = get_current_vllm_config()
+        parallel = vllm_config.parallel_config
         ranks, whole = parallel.tensor_parallel_size, parallel.enable_expert_parallel
         assert self.geometry is not None
         _check_shardable(self.geometry, ranks, self.quant.spine, whole_experts=whole)
@@ -97,7 +95,7 @@ class VQServeConfig(QuantizationConfig):
                 return UnquantizedFusedMoEMethod(layer.moe_config)
             return MixedVQMoEMethod(layer.moe_config, module, self.geometry)
         if isinstance(layer, LinearBase):
-            return spine_method() if self._in_spine(prefix) else UnquantizedLinearMethod()
+            return self._spine_method(vllm_config) if self._in_spine(prefix) else UnquantizedLinearMethod()
         return None
 
     def _in_spine(self, prefix: str) -> bool:
@@ -112,15 +110,24 @@ class VQServeConfig(QuantizationConfig):
             )
         return all(listed)
 
-    def _say_that_the_spine_grows(self, geometry: Geometry) -> None:
-        shapes = spine_shapes(geometry)
+    def _spine_method(self, vllm_config: VllmConfig) -> LinearMethodBase:
+        dtype = vllm_config.model_config.dtype
+        assert isinstance(dtype, torch.dtype), "vLLM has resolved names of dtypes by now"
+        if reason := why_dequantized(dtype):
+            self._say_that_the_spine_grows(reason, dtype)
+        return spine_method(dtype)
+
+    def _say_that_the_spine_grows(self, reason: str, dtype: torch.dtype) -> None:
+        assert self.geometry is not None
+        shapes = spine_shapes(self.geometry)
         loaded = {name: shape for name, shape in shapes.items() if name in self._spine and ".indexer." not in name}
         stored = sum(spec.nbytes for name, shape in loaded.items() for spec in gptq_specs(name, *shape))
         weights = sum(rows * columns for rows, columns in loaded.values())
         _logger.warning_once(
-            "vqserve: vLLM has no 4-bit GEMM for this CPU, which lacks AVX-512: %d layers are dequantized at load, "
-            "to %.1f MB instead of %.1f MB",
+            "vqserve: %s: %d layers are dequantized at load, to %.1f MB of %s instead of %.1f MB",
+            reason,
             len(loaded),
-            2 * weights / 1e6,
+            dtype.itemsize * weights / 1e6,
+            str(dtype).removeprefix("torch."),
             stored / 1e6,
         )

@@ -1,7 +1,7 @@
 """The spine's 4-bit linear layers: vLLM's own GPTQ method, or dequantized at load where vLLM cannot multiply by 4 bit.
 
-vLLM's CPU build holds a library for AVX-512 and one for AVX2; the latter has no 4-bit GEMM (WORKAROUNDS.md, "spine
-without AVX-512"). The checkpoint and its loading are the same with both methods:
+vLLM's CPU build holds libraries for AVX-512 and one for AVX2; the latter has no 4-bit GEMM (WORKAROUNDS.md, "spine
+without AVX-512"), and the former's takes no float32. The checkpoint and its loading are the same with both methods:
 
     loaded     qweight i32 [K/8, N]   scales bf16 [K/128, N]   qzeros i32 [K/128, N/8]
     computed   weight [N, K] in the model's dtype
@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import vllm._custom_ops  # noqa: F401 - loads the library whose operators `has_4_bit_gemm` looks for
+import vllm._custom_ops  # noqa: F401 - loads the library whose operators `why_dequantized` looks for
 from torch import nn
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
@@ -25,21 +25,35 @@ from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig, Au
 from vllm.model_executor.parameter import GroupQuantScaleParameter, PackedvLLMParameter
 from vllm.platforms import current_platform
 
+from vqserve.format.errors import UsageError
 from vqserve.format.tiers import GROUP
 from vqserve.reference.gptq import dequantize_gptq
+from vqserve.settings import SPINE, wanted_spine
 
 _PER_WORD = 8
 """4-bit numbers in an int32."""
 
 
-def has_4_bit_gemm() -> bool:
-    """Whether vLLM can multiply by 4-bit weights here."""
-    return not current_platform.is_cpu() or hasattr(torch.ops._C, "cpu_gemm_wna16")
+def why_dequantized(dtype: torch.dtype) -> str | None:
+    """Why the spine is dequantized at load in a model of this dtype; None if it stays in 4 bit.
+
+    Raises:
+        UsageError: The environment variable `SPINE` asks for what vLLM cannot do, or for something unknown.
+    """
+    reason = None
+    if current_platform.is_cpu() and not hasattr(torch.ops._C, "cpu_gemm_wna16"):
+        reason = "vLLM has no 4-bit GEMM for CPUs without AVX-512"
+    elif dtype == torch.float32:
+        reason = "vLLM's 4-bit GEMM takes no float32"
+    wanted = wanted_spine()
+    if reason and wanted == "packed":
+        raise UsageError(f"{SPINE}=packed: {reason}; set it to dequantized, or unset it")
+    return reason or (f"{SPINE} asks for it" if wanted == "dequantized" else None)
 
 
-def spine_method() -> LinearMethodBase:
-    """The method for a layer that is stored in 4 bit."""
-    if not has_4_bit_gemm():
+def spine_method(dtype: torch.dtype) -> LinearMethodBase:
+    """The method for a layer that is stored in 4 bit, in a model of this dtype; raises as `why_dequantized`."""
+    if why_dequantized(dtype):
         return DequantizedLinearMethod()
     config = AutoGPTQConfig(
         weight_bits=4,

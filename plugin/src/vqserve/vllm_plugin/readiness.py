@@ -44,10 +44,8 @@ from vllm.tasks import SupportedTask
 
 from vqserve.format.errors import CheckpointError
 from vqserve.format.known_answers import KnownAnswer, read_known_answers
+from vqserve.settings import WARM_UP_SECONDS
 from vqserve.vllm_plugin.warm_up import Ask, Reply, WarmUpError, warm_up
-
-WARM_UP_SECONDS = "VQSERVE_WARM_UP_SECONDS"
-"""Environment variable: how long the warm-up may take; 600 if it is not set."""
 
 _RETRY_SECONDS = 5
 # First parts of the paths that a stopping server still answers: they look at the server and ask no model.
