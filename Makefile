@@ -9,6 +9,7 @@ MAKEFLAGS += --no-builtin-rules
 PYTHON ?= $(firstword $(shell command -v python3.11 python3) python3)
 BIN := .venv/bin
 LOCKS := plugin/locks
+DEMO := plugin/demo/model
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --only-binary :all: --require-hashes --no-deps
 
 # PyPI has no CPU-only torch. Where pip's own configuration does not find one, PyTorch's index is asked too; which file
@@ -23,7 +24,14 @@ help:
 ## demo    serve the small trained model on port 8001 (installs on first use; Ctrl-C ends it)
 .PHONY: demo
 demo: .venv/.runtime
-	@$(BIN)/vqserve serve plugin/demo/model
+	@problem=$$({ $(BIN)/vqserve verify --quiet $(DEMO) 2>&1 >/dev/null || true; } | head -n 1); \
+	[ -z "$$problem" ] || { echo >&2 "$$problem: git checkout -- $(DEMO)"; exit 2; }
+	@$(BIN)/vqserve serve $(DEMO)
+
+## demo-model  make the demo model anew from its trained parent: encode, serve, measure, choose (an hour, resumable)
+.PHONY: demo-model
+demo-model: .venv/.runtime
+	$(BIN)/python plugin/demo/make_model.py
 
 ## test    run all tests
 .PHONY: test

@@ -17,6 +17,16 @@ SERVED = {
     "seed": 0,
     "scores": [
         {"mode": "thinking", "group": "ja", "items": 300, "right": 0.99, "low": 0.971, "high": 0.997, "ended": 1.0},
+        {"mode": "direct", "group": "512 tokens", "items": 15, "right": 1.0, "low": 0.796, "high": 1.0, "ended": 1.0},
+        {
+            "mode": "direct",
+            "group": "512 tokens at 0%",
+            "items": 3,
+            "right": 1.0,
+            "low": 0.4,
+            "high": 1.0,
+            "ended": 1.0,
+        },
         {"mode": "thinking", "group": "word +", "items": 63, "right": 0.5, "low": 0.4, "high": 0.6, "ended": 1.0},
     ],
     "against": {"gained": 1, "lost": 4, "p": 0.375},
@@ -42,11 +52,13 @@ def test_scores_come_into_the_card_and_the_checkpoint_stays_whole(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = [result(tmp_path, "sums.json", SERVED), result(tmp_path, "kl.json", KL)]
-    assert main(["card", str(checkpoint), *map(str, files)]) == 0
+    assert main(["card", str(checkpoint), "--scores", *map(str, files)]) == 0
     card = (checkpoint / CARD).read_text(encoding="utf-8")
     assert "Not measured" not in card
     assert "| thinking | ja | 300 | 99.0% | 97.1% - 99.7% |" in card
+    assert "| direct | 512 tokens | 15 | 100.0% | 79.6% - 100.0% |" in card
     assert "word +" not in card
+    assert "at 0%" not in card
     assert "1 gained, 4 lost" in card
     assert "| all | 11260 | 0.01234 | 0.01100 - 0.01400 | 99.10% |" in card
     assert card.startswith("# A model\n")
@@ -57,8 +69,8 @@ def test_scores_come_into_the_card_and_the_checkpoint_stays_whole(
 
 
 def test_new_scores_replace_old_ones(checkpoint: Path, tmp_path: Path) -> None:
-    assert main(["card", str(checkpoint), str(result(tmp_path, "sums.json", SERVED))]) == 0
-    assert main(["card", str(checkpoint), str(result(tmp_path, "kl.json", KL))]) == 0
+    assert main(["card", str(checkpoint), "--scores", str(result(tmp_path, "sums.json", SERVED))]) == 0
+    assert main(["card", str(checkpoint), "--scores", str(result(tmp_path, "kl.json", KL))]) == 0
     card = (checkpoint / CARD).read_text(encoding="utf-8")
     assert "0.01234" in card
     assert "gained" not in card
@@ -70,7 +82,7 @@ def test_what_is_no_result_is_refused_and_the_card_stays(
 ) -> None:
     before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
     path = result(tmp_path, "result.json", content)
-    assert main(["card", str(checkpoint), str(path)]) == 2
+    assert main(["card", str(checkpoint), "--scores", str(path)]) == 2
     assert f"{path}: not what `vqserve eval --json` writes" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
 
@@ -80,7 +92,7 @@ def test_a_card_without_a_place_for_scores_is_refused(
 ) -> None:
     (checkpoint / CARD).write_text("# Another card\n", encoding="utf-8")
     write_manifest(checkpoint)
-    assert main(["card", str(checkpoint), str(result(tmp_path, "kl.json", KL))]) == 2
+    assert main(["card", str(checkpoint), "--scores", str(result(tmp_path, "kl.json", KL))]) == 2
     assert "no place for scores" in capsys.readouterr().err
 
 
@@ -89,6 +101,6 @@ def test_a_damaged_checkpoint_gets_no_scores(
 ) -> None:
     manifest = (checkpoint / MANIFEST).read_bytes()
     (checkpoint / "config.json").write_bytes((checkpoint / "config.json").read_bytes() + b"\n")
-    assert main(["card", str(checkpoint), str(result(tmp_path, "kl.json", KL))]) == 2
+    assert main(["card", str(checkpoint), "--scores", str(result(tmp_path, "kl.json", KL))]) == 2
     assert "config.json: expected" in capsys.readouterr().err
     assert (checkpoint / MANIFEST).read_bytes() == manifest

@@ -92,9 +92,10 @@ def test_a_streamed_answer_is_the_whole_one_in_pieces(language: str, server: Ser
 
 def test_it_streams_at_twenty_tokens_a_second(server: Server) -> None:
     started = time.monotonic()
-    *_, chunks = streamed(server, items("en")[0], max_tokens=200, extra_body={"ignore_eos": True})
+    content, reasoning, chunks = streamed(server, items("en")[0], max_tokens=200, extra_body={"ignore_eos": True})
     speed = 200 / (time.monotonic() - started)
     print(f"{speed:.0f} tokens/s in one stream")  # noqa: T201 - pytest -s shows it
+    assert "<|" not in content + reasoning, "a control token is shown"
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == 200
     assert speed >= 20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from random_checkpoint import make_random_checkpoint, read_tensors
 from random_parent import make_random_parent, write_weights
 from vllm_plugin.engine_process import WITHOUT_AVX512, Answer, EngineProcess, Question
 from vllm_plugin.plain import write_plain
+from vqserve.encode.pipeline import encode
 from vqserve.format.manifest import write_manifest
 
 TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
@@ -108,6 +110,16 @@ def unrouted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("unrouted")
     parent = make_random_parent(folder / "parent", n_routed_experts=4)
     return make_random_checkpoint(parent, folder / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def encoded(unrouted: Path) -> Path:
+    """What the encoder makes of the parent of `unrouted`."""
+    folder, calibration = unrouted.parent / "encoded", unrouted.parent / "calibration.jsonl"
+    texts = [" ".join(str(i * n) for i in range(2, 22)) for n in range(40)]
+    calibration.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    encode(unrouted.parent / "parent", folder, bits=2.25, calibration=calibration, progress=False)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -101,6 +101,15 @@ def test_a_4_bit_spine_is_served_as_the_weights_it_stands_for(
 
 
 @pytest.mark.slow
+def test_what_the_encoder_wrote_has_the_logits_of_the_weights_it_stands_for(
+    engines: EngineProcess, encoded: Path, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    ours, _ = engines.ask(Question(encoded, prompts))
+    theirs, _ = engines.ask(Question(write_plain(encoded, tmp_path / "plain"), prompts))
+    assert difference(ours, theirs) < FP32
+
+
+@pytest.mark.slow
 def test_the_demo_answers_as_the_weights_it_stands_for(
     engines: EngineProcess, demo_model: Path, sums_to_do: list[list[int]], tmp_path: Path
 ) -> None:

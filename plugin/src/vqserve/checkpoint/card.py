@@ -1,9 +1,10 @@
-"""`vqserve card CHECKPOINT RESULT...`: puts what `vqserve eval --json` measured into a checkpoint's model card."""
+"""`vqserve card CHECKPOINT --scores RESULT...`: puts what `vqserve eval --json` measured into the model card."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,15 @@ from vqserve.format.errors import UsageError
 from vqserve.format.files import check_checkpoint
 from vqserve.format.manifest import replace_file
 
-_LANGUAGES = ("all", "ja", "en", "zh")
-"""Groups of a served measurement that the card shows; the rest (kinds of sums and facts) is in the result's file."""
+_SHOWN = re.compile(r"all|ja|en|zh|\d+ tokens")
+"""Groups of a served measurement that the card shows; the rest (kinds, depths) is in the result's file."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `vqserve card`."""
     parser.add_argument("path", type=Path, metavar="CHECKPOINT", help="folder of the checkpoint that was measured")
     parser.add_argument(
-        "results", type=Path, nargs="+", metavar="RESULT", help="files that `vqserve eval --json` wrote"
+        "--scores", type=Path, nargs="+", required=True, metavar="RESULT", help="files that `vqserve eval --json` wrote"
     )
 
 
@@ -32,11 +33,11 @@ def run(args: argparse.Namespace) -> int:
         CheckpointError: The checkpoint is damaged, or its card has no place for scores.
         UsageError: A result is not one.
     """
-    scores = "\n\n".join(_section(path) for path in args.results)
+    scores = "\n\n".join(_section(path) for path in args.scores)
     check_checkpoint(args.path)
     card = with_scores((args.path / CARD).read_text(encoding="utf-8"), scores)
     replace_file(args.path, CARD, card.encode())
-    print(f"{args.path / CARD}: holds the scores of {len(args.results)} results; the manifest is right again")
+    print(f"{args.path / CARD}: holds the scores of {len(args.scores)} results; the manifest is right again")
     return 0
 
 
@@ -58,9 +59,9 @@ def _divergence(result: Mapping[str, Any]) -> Iterator[str]:
 
 def _answers(result: Mapping[str, Any]) -> Iterator[str]:
     yield f"`vqserve eval {result['task']}`, seed {result['seed']:d}, greedy answers of the served model:\n"
-    yield from _header("mode", "language", "items", "right", "95 % interval")
+    yield from _header("mode", "group", "items", "right", "95 % interval")
     for row in result["scores"]:
-        if row["group"] in _LANGUAGES:
+        if _SHOWN.fullmatch(row["group"]):
             interval = f"{row['low']:.1%} - {row['high']:.1%}"
             yield _row(row["mode"], row["group"], f"{row['items']:d}", f"{row['right']:.1%}", interval)
     if "against" in result:
