@@ -35,8 +35,9 @@ demo-model: .venv/.runtime
 
 ## test    run all tests
 .PHONY: test
-test: .venv/.dev
+test: .venv/.dev .venv-kernels/.done
 	$(BIN)/pytest
+	TRITON_INTERPRET=1 .venv-kernels/bin/python -m pytest tests/kernels
 
 ## lint    check style, types, import rules, change notes, YAML and shell
 .PHONY: lint
@@ -60,6 +61,7 @@ format: .venv/.dev
 lock: .venv/.dev
 	$(LOCK) plugin/pyproject.toml --extra cpu --extra plot --override $(LOCKS)/overrides.txt $(LOCK_TORCH) -o $(LOCKS)/cpu.txt
 	$(LOCK) --group pyproject.toml:dev --constraint $(LOCKS)/cpu.txt -o $(LOCKS)/dev.txt
+	$(LOCK) --group pyproject.toml:kernels -o $(LOCKS)/kernels.txt
 
 # Debian 12 has glibc 2.36. LOCK_TORCH says where uv finds the CPU build of torch: uv reads none of pip's configuration.
 LOCK_TORCH ?= --torch-backend cpu
@@ -69,7 +71,7 @@ LOCK = UV_CUSTOM_COMPILE_COMMAND='make lock' $(BIN)/uv pip compile --quiet --gen
 ## clean   remove .venv and every cache
 .PHONY: clean
 clean:
-	rm -rf .venv .hypothesis
+	rm -rf .venv .venv-kernels .hypothesis
 	find plugin tests -depth \( -name __pycache__ -o -name '*.egg-info' -o -path plugin/build \) -exec rm -rf {} +
 
 $(BIN)/python:
@@ -87,4 +89,13 @@ $(BIN)/python:
 
 .venv/.dev: $(LOCKS)/dev.txt .venv/.runtime
 	@$(INSTALL) -r $<
+	@touch $@
+
+# On top of .venv, not in it: vLLM takes triton on a CPU for triton-cpu (plugin/locks/overrides.txt).
+.venv-kernels/.done: $(LOCKS)/kernels.txt .venv/.dev
+	@rm -rf $(@D)
+	@$(BIN)/python -m venv $(@D)
+	@site=lib/python3.11/site-packages; \
+	echo "import site; site.addsitedir('$(CURDIR)/.venv/$$site')" >$(@D)/$$site/below.pth
+	@$(INSTALL:$(BIN)/%=$(@D)/bin/%) -r $<
 	@touch $@

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 
 from random_checkpoint import make_random_checkpoint
 from random_parent import make_random_parent
@@ -20,8 +21,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, help="seed of the tests' random input; fresh for each test if left out")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The quick tests first, those that start a server last, each kind in its own order."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The quick tests first, those that start a server last, each kind in its own order; no GPU tests without a GPU."""
+    if not torch.cuda.is_available():
+        needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=needs_gpu)
+        items[:] = [item for item in items if item not in needs_gpu]
     items.sort(key=lambda item: [item.get_closest_marker(name) is not None for name in ("e2e", "slow")])
 
 

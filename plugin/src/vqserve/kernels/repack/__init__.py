@@ -1,0 +1,1 @@
+"""Weights from the checkpoint's order to the kernels'."""

@@ -1,0 +1,1 @@
+"""Routed experts at prefill."""

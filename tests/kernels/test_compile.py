@@ -1,0 +1,80 @@
+"""Every CUDA C++ source compiles for the chips it is meant for, without a GPU and without a CUDA toolkit."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from vqserve.format.errors import UsageError
+from vqserve.kernels.nvrtc import arch_of, compile_source
+from vqserve.kernels.vq_moe import cuda as lut
+
+SHARED_PER_BLOCK = 99 * 1024
+REGISTERS, THREADS_PER_SM = 65536, 1536  # of a multiprocessor of sm_120
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def _resources(cubin: bytes, folder: Path) -> dict[str, dict[str, int]]:
+    """Per kernel what cuobjdump reports: REG, STACK, SHARED, LOCAL."""
+    file = folder / "kernels.cubin"
+    file.write_bytes(cubin)
+    spec = find_spec("triton")
+    assert spec is not None
+    assert spec.origin is not None
+    tool = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    report = subprocess.run([tool, "--dump-resource-usage", file], capture_output=True, text=True, check=True).stdout
+    return {
+        name: {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage)}
+        for name, usage in re.findall(r"Function (\w+):\n(.*)", report)
+    }
+
+
+def test_the_look_up_table_kernels_fit_sm_120_and_spill_nothing(tmp_path: Path) -> None:
+    found = _resources(compile_source("vqserve.kernels.vq_moe", "lut.cu", "sm_120a"), tmp_path)
+    dynamic = {"gate_up": (lut.SHARED, lut.THREADS), "down": (lut.SHARED, lut.THREADS), "finish": (0, 256)}
+    assert found.keys() == dynamic.keys()
+    for name, (shared, threads) in dynamic.items():
+        usage = found[name]
+        total = usage["SHARED"] + shared
+        blocks = min(REGISTERS // (usage["REG"] * threads), THREADS_PER_SM // threads, 102400 // total)
+        share = blocks * threads / THREADS_PER_SM
+        text = f"{name}: {usage['REG']} registers, {total} bytes shared, {share:.0%} occupancy"
+        print(text)  # noqa: T201 - these figures are a result
+        assert total <= SHARED_PER_BLOCK
+        assert usage["STACK"] == 0
+        assert usage["LOCAL"] == 0
+        assert blocks >= 1
+
+
+def test_the_look_up_table_kernels_compile_for_hopper() -> None:
+    assert compile_source("vqserve.kernels.vq_moe", "lut.cu", arch_of((9, 0))).startswith(b"\x7fELF")
+
+
+def test_a_second_compilation_takes_the_cached_cubin(tmp_path: Path) -> None:
+    first = compile_source("vqserve.kernels.vq_moe", "lut.cu", "sm_120a")
+    (cached,) = (tmp_path / "cache" / "vqserve" / "kernels").iterdir()
+    assert cached.read_bytes() == first
+    cached.write_bytes(b"what lies there")
+    assert compile_source("vqserve.kernels.vq_moe", "lut.cu", "sm_120a") == b"what lies there"
+    assert compile_source("vqserve.kernels.vq_moe", "lut.cu", "sm_120a", ["OTHER=1"]) == first
+
+
+def test_a_target_that_nvrtc_does_not_know_is_refused_in_one_line() -> None:
+    with pytest.raises(UsageError, match=r"^lut\.cu: does not compile with .*sm_11\b") as error:
+        compile_source("vqserve.kernels.vq_moe", "lut.cu", "sm_11")
+    assert "\n" not in str(error.value)
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(UsageError, match="set XDG_CACHE_HOME"):
+        compile_source("vqserve.kernels.vq_moe", "lut.cu", "sm_120a")
