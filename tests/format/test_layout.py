@@ -278,7 +278,8 @@ def test_whole_experts_need_not_split() -> None:
 
 
 def test_more_ranks_than_whole_experts_are_refused() -> None:
-    sizes = {"num_attention_heads": 8, "intermediate_size": 1024, "moe_intermediate_size": 1024, "n_routed_experts": 4}
+    sizes = {"num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 1024, "n_routed_experts": 4}
+    sizes |= {"moe_intermediate_size": 1024}
     geometry = Geometry.from_dict({**CONFIG, **sizes})
     with pytest.raises(UsageError, match="n_routed_experts = 4 is not one for each rank; use 4"):
         check_shardable(geometry, 8, Spine(spine_modules(geometry)), whole_experts=True)

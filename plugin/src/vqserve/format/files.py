@@ -19,6 +19,7 @@ from vqserve.format.layout import TensorSpec, checkpoint_specs, float_dtype, par
 from vqserve.format.manifest import FileRecord, Report, check_manifest, plain_file, read_manifest, refuse
 from vqserve.format.strict_json import read_object
 from vqserve.format.values import check_codebooks, check_scales, check_zero_points
+from vqserve.format.variants import completed
 
 INDEX = "model.safetensors.index.json"
 DIGEST_LIMIT = 1 << 30
@@ -57,7 +58,7 @@ class ParentCheckpoint:
 
     Attributes:
         path: Its folder.
-        config: The parsed `config.json`.
+        config: The parsed `config.json`, completed by what transformers' class implies (see `format.variants`).
         geometry: The model's sizes.
         tensors: Where every tensor is, by name.
     """
@@ -80,6 +81,7 @@ def check_parent(folder: Path) -> ParentCheckpoint:
         if config.get("quantization_config") is not None:
             where = f"{folder / 'config.json'}: quantization_config"
             raise ConfigError(where, "the checkpoint is quantized already", "give the unquantized parent")
+        config = completed(config)
         geometry = Geometry.from_dict(config)
         tensors = read_tensors(folder)
         check_tensors(tensors, parent_specs(geometry, float_dtype(config)), remedy=_DOWNLOAD)

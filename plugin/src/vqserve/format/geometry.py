@@ -9,6 +9,7 @@ from typing import Any
 from vqserve.format.errors import ConfigError
 from vqserve.format.names import experts_module
 from vqserve.format.tiers import GROUP
+from vqserve.format.variants import check_variant
 
 MODEL_TYPE = "glm_moe_dsa"
 
@@ -36,13 +37,6 @@ _SIZES = (
 # Far above any model, and low enough that a damaged number cannot make us list tensors for hours.
 _MOST = {"num_hidden_layers": 1000, "n_routed_experts": 4096, "num_nextn_predict_layers": 16}
 _MOST_OTHERWISE = 1 << 31
-# What the served model code assumes; any other value would load and then compute something else.
-_FIXED: dict[str, tuple[object, object]] = {
-    "attention_bias": (False, False),
-    "mlp_bias": (False, False),
-    "hidden_act": ("silu", "silu"),
-    "moe_layer_freq": (1, 1),
-}
 
 
 @dataclass(frozen=True)
@@ -117,7 +111,8 @@ class Geometry:
         """Reads the geometry from a parsed `config.json`.
 
         Raises:
-            ConfigError: Not a GLM-MoE-DSA model, or a size is missing, not a positive integer, or inconsistent.
+            ConfigError: Not a GLM-MoE-DSA model, a variant that encoder and server would compute differently, or a size
+                is missing, not a positive integer, or inconsistent.
         """
         if not isinstance(config, Mapping):
             raise ConfigError("config.json", f"expected an object, found {type(config).__name__}", _FIX)
@@ -127,13 +122,7 @@ class Geometry:
                 f"expected {MODEL_TYPE!r}, found {config.get('model_type')!r}",
                 "vqserve takes GLM-MoE-DSA models only",
             )
-        for key, (default, wanted) in _FIXED.items():
-            if config.get(key, default) != wanted:
-                raise ConfigError(
-                    f"config.json: {key}",
-                    f"expected {wanted!r}, found {config[key]!r}",
-                    "this variant is not supported",
-                )
+        check_variant(config)
         if config.get("tie_word_embeddings", False) is not False:
             raise ConfigError(
                 "config.json: tie_word_embeddings",

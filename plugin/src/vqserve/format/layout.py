@@ -312,7 +312,9 @@ def check_shardable(
 
     problem = reason(tp_size)
     if problem is not None:
-        fits = max(size for size in range(1, max(tp_size, 2)) if reason(size) is None)
+        # No more ranks than heads, so that a number with ten digits does not take minutes.
+        most = min(tp_size, geometry.num_attention_heads + 1)
+        fits = max(size for size in range(1, max(most, 2)) if reason(size) is None)
         raise UsageError(f"tensor parallel size {tp_size}: {problem}; use {fits}")
 
 
