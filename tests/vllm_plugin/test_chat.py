@@ -11,14 +11,16 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from vllm.engine.arg_utils import EngineArgs
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, resolve_default_chat_template_kwargs
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.renderers.registry import renderer_from_config
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 USER = {"role": "user", "content": "1 + 1 = ?"}
 THOUGHT, ANSWER = "1+1=2", "The answer is 2."
 
-switches = st.fixed_dictionaries(
+switches: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
     {},
     optional={
         name: st.sampled_from([None, True, False, 0, 1, "", "no", "auto", [], {}])
@@ -36,8 +38,10 @@ def chat(demo_parent: Path) -> Chat:
     """Makes what stands before the engine in a server of the demo's parent."""
     config = EngineArgs(model=str(demo_parent), max_model_len=1024).create_engine_config()
     renderer = renderer_from_config(config)
+    options = make_arg_parser(FlexibleArgumentParser()).parse_args([])
 
     def make(defaults: dict[str, Any] | None = None) -> OnlineRenderer:
+        options.default_chat_template_kwargs = defaults
         return OnlineRenderer(
             config.model_config,
             renderer,
@@ -47,7 +51,7 @@ def chat(demo_parent: Path) -> Chat:
             enable_auto_tools=True,
             tool_parser="glm47",
             reasoning_parser="glm45",
-            default_chat_template_kwargs=defaults,
+            default_chat_template_kwargs=resolve_default_chat_template_kwargs(options),
         )
 
     return make
@@ -97,7 +101,7 @@ def parser_of(chat: OnlineRenderer, request: ChatCompletionRequest) -> Any:
     assert chat.parser is not None
     kwargs = chat.effective_chat_template_kwargs(request)
     tokenizer = chat.renderer.get_tokenizer()
-    return chat.parser(tokenizer, request.tools, chat_template_kwargs=kwargs, model_config=chat.model_config)
+    return chat.parser(tokenizer, None, chat_template_kwargs=kwargs, model_config=chat.model_config)
 
 
 def encoded(chat: OnlineRenderer, text: str) -> list[int]:

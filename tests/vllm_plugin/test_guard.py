@@ -83,7 +83,7 @@ def test_a_server_under_a_path_of_its_own_guards_the_same_routes(monkeypatch: py
 @pytest.mark.parametrize("shown", ["", KEY, f"Basic {KEY}", f"Bearer {KEY}x", "Bearer", "Bearer \xff"])
 def test_what_is_not_the_key_is_refused(shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
     client = TestClient(app_of(monkeypatch, "--api-key", KEY))
-    assert client.post("/tokenize", headers={"Authorization": shown.encode("latin-1")}).status_code == 401
+    assert client.post("/tokenize", headers={b"Authorization": shown.encode("latin-1")}).status_code == 401
 
 
 def test_a_websocket_wants_the_key_too(monkeypatch: pytest.MonkeyPatch) -> None:
