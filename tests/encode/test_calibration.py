@@ -20,6 +20,11 @@ def tokenizer(random_parent: Path) -> PreTrainedTokenizerBase:
     return Parent(random_parent).tokenizer()
 
 
+@pytest.fixture
+def demo_tokenizer(demo_parent: Path) -> PreTrainedTokenizerBase:
+    return Parent(demo_parent).tokenizer()
+
+
 def write(folder: Path, *lines: object) -> Path:
     path = folder / "calibration.jsonl"
     texts = [line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) for line in lines]
@@ -28,7 +33,7 @@ def write(folder: Path, *lines: object) -> Path:
 
 
 def read(path: Path, tokenizer: PreTrainedTokenizerBase, longest: int = 2048) -> Tokens:
-    return read_calibration(path, tokenizer, longest=longest, seed=0)
+    return read_calibration(path, tokenizer, longest=longest, seed=0)[0]
 
 
 def counted(tokens: Tokens, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -64,9 +69,78 @@ def test_chats_go_through_the_chat_template_and_only_the_answer_counts(
     tokens = read(write(tmp_path, record), tokenizer)
     assert tokenizer.decode(tokens.ids) == "<|user|>1+1?<|assistant|></think>それは2です。"
     assert counted(tokens, tokenizer) == "それは2です。"
-    # With thinking the prompt ends in <think>, which the finished chat does not hold: every token counts.
-    tokens = read(write(tmp_path, {"messages": CHAT, "chat_template_kwargs": {"enable_thinking": True}}), tokenizer)
-    assert counted(tokens, tokenizer).endswith("1+1?<|assistant|></think>それは2です。")
+    # Of a chat without thinking the template asks for an answer without, whatever its default is.
+    assert read(write(tmp_path, {"messages": CHAT}), tokenizer).fingerprint() == tokens.fingerprint()
+    with pytest.raises(UsageError, match=r"line 1: the chat template asks for an answer with .*<think>', and renders"):
+        read(write(tmp_path, {"messages": CHAT, "chat_template_kwargs": {"enable_thinking": True}}), tokenizer)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"content": "2", "reasoning_content": "one more than 1"},
+        {"content": "2", "reasoning": "one more than 1"},
+        {"content": "<think>one more than 1</think>2"},
+        {"content": [{"type": "text", "text": "one more than 1</think>2"}]},
+    ],
+)
+def test_thinking_counts_wherever_the_row_has_it_and_though_the_template_drops_it(
+    answer: dict[str, Any], tmp_path: Path, demo_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    record = {"messages": [CHAT[0], {"role": "assistant", **answer}]}
+    tokens = read(write(tmp_path, record), demo_tokenizer)
+    assert demo_tokenizer.decode(tokens.ids) == "[gMASK]<sop><|user|>1+1?<|assistant|><think>one more than 1</think>2"
+    assert counted(tokens, demo_tokenizer) == "one more than 1</think>2"
+
+
+def test_text_parts_are_the_string_that_they_make(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, demo_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    parts = [{"role": "user", "content": [{"type": "text", "text": "1+1?"}]}, CHAT[1]]
+    tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}" + PROMPT
+    for each in (tokenizer, demo_tokenizer):  # one template takes strings only, the other both
+        string, list_ = (read(write(tmp_path, {"messages": chat}), each) for chat in (CHAT, parts))
+        assert string.fingerprint() == list_.fingerprint()
+
+
+PROMPT = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+
+
+def test_tool_calls_are_rendered_as_the_server_renders_them(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = (
+        "{% if tools %}{{ tools[0].function.name }};{% endif %}"
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{% for k, v in c.function.arguments.items() %}{{ k }}={{ v }},{% endfor %}"
+        "{% endfor %}{% endfor %}" + PROMPT
+    )
+    call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": 2}'}}
+    asks = {"role": "assistant", "content": None, "tool_calls": [call]}
+    messages = [CHAT[0], asks, {"role": "tool", "content": "3"}, {"role": "assistant", "content": "3."}]
+    tokens = read(write(tmp_path, {"messages": messages, "tools": TOOLS}), tokenizer)
+    assert tokenizer.decode(tokens.ids) == "add;<|user|>1+1?<|assistant|>a=1,b=2,<|tool|>3<|assistant|>3."
+    assert counted(tokens, tokenizer) == "3."
+    tokens = read(write(tmp_path, {"messages": messages[:2], "tools": TOOLS}), tokenizer)
+    assert counted(tokens, tokenizer) == "a=1,b=2,"
+    call["function"]["arguments"] = "{not json"  # type: ignore[index]
+    with pytest.raises(UsageError, match="line 1: arguments of a tool call are not JSON"):
+        read(write(tmp_path, {"messages": messages}), tokenizer)
+
+
+def test_what_became_of_the_lines_is_counted(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    asked = {"prompt": "x" * 150, "completion": "y"}  # its answer lies behind the cut
+    path = write(tmp_path, {"text": "a" * 500}, {"text": "b" * 7}, {"text": "c"}, asked)
+    tokens, report = read_calibration(path, tokenizer, longest=100, seed=0)
+    assert (report.rows, report.short, report.cut, report.silent) == (4, 1, 2, 1)
+    assert (report.tokens, report.dropped) == (207, 451)
+    assert report.predictions == int(tokens.predicts.sum()) == 99 + 6
+    assert "2 lines cut to 100 tokens (451 tokens lost); 1 lines without an answer" in str(report)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    path = tmp_path / "calibration.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "one two"}\n')
+    assert tokenizer.decode(read(path, tokenizer).ids) == "one two"
 
 
 def test_long_sequences_are_cut_and_blank_lines_skipped(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -97,7 +171,7 @@ def test_the_head_is_made_of_whole_leading_sequences(tmp_path: Path, tokenizer: 
 
 def test_order_depends_on_the_seed_alone(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     path = write(tmp_path, *({"text": f"number {n}"} for n in range(30)))
-    one, same, other = (read_calibration(path, tokenizer, longest=99, seed=seed) for seed in (1, 1, 2))
+    one, same, other = (read_calibration(path, tokenizer, longest=99, seed=seed)[0] for seed in (1, 1, 2))
     assert one.ids.tolist() == same.ids.tolist() != other.ids.tolist()
 
 
@@ -114,7 +188,12 @@ def test_order_depends_on_the_seed_alone(tmp_path: Path, tokenizer: PreTrainedTo
         {"messages": "hello"},
         {"messages": [{"content": "no role"}]},
         {"messages": CHAT, "chat_template_kwargs": ["no", "object"]},
-        {"messages": CHAT, "tools": []},
+        {"messages": CHAT, "tools": "none"},
+        {"messages": [{"role": "user"}]},
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        {"messages": [{"role": "user", "content": 3}]},
+        {"messages": [{"role": "assistant", "content": "a", "reasoning": ["b"]}]},
+        {"messages": [{"role": "assistant", "content": "a", "tool_calls": ["b"]}]},
     ],
 )
 def test_a_bad_line_is_refused_with_file_and_line(

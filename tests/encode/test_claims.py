@@ -98,7 +98,7 @@ class Bench:
 def bench(demo_parent: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """All steps of an encode, done."""
     parent = Parent(demo_parent)
-    tokens = read_calibration(demo_parent.with_name("calibration.jsonl"), parent.tokenizer(), longest=2048, seed=0)
+    tokens, _ = read_calibration(demo_parent.with_name("calibration.jsonl"), parent.tokenizer(), longest=2048, seed=0)
     job = Job(parent, tokens, Work(tmp_path_factory.mktemp("claims")), torch.device("cpu"), seed=0)
     for layer in range(parent.geometry.num_hidden_layers):
         steps.survey(job, layer)

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from vqserve.encode.chats import parse_line, render
 from vqserve.format.errors import UsageError
 
 BATCH_TOKENS = 4096
-_SCHEMA = (
-    'expected {"messages": [{"role": ..., "content": ...}, ...]} and perhaps "chat_template_kwargs", '
-    '{"prompt": "...", "completion": "..."} or {"text": "..."}'
-)
+FEW_PREDICTIONS = 2**14
+"""Fewer predictions that count than this are warned of; the demo is encoded with twice as many."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +77,49 @@ class Tokens:
             yield Batch(index, column < lengths[:, None])
 
 
-def read_calibration(path: Path, tokenizer: PreTrainedTokenizerBase, *, longest: int, seed: int) -> Tokens:
+@dataclass(frozen=True)
+class Report:
+    """What became of the lines of a calibration file.
+
+    Attributes:
+        rows: Lines with something on them.
+        short: Of these, dropped for having less than two tokens.
+        cut: Cut to `longest` tokens.
+        silent: Kept, but without a prediction that counts: no answer, or none within `longest` tokens.
+        tokens: Tokens kept.
+        dropped: Tokens cut off.
+        predictions: Predictions that count.
+        longest: Most tokens of a line.
+    """
+
+    rows: int
+    short: int
+    cut: int
+    silent: int
+    tokens: int
+    dropped: int
+    predictions: int
+    longest: int
+
+    def __str__(self) -> str:
+        parts = [f"{self.rows:,} lines, {self.tokens:,} tokens, {self.predictions:,} predictions that count"]
+        if self.cut:
+            parts.append(f"{self.cut:,} lines cut to {self.longest:,} tokens ({self.dropped:,} tokens lost)")
+        if self.silent:
+            parts.append(f"{self.silent:,} lines without an answer that counts")
+        if self.short:
+            parts.append(f"{self.short:,} lines dropped, having less than two tokens")
+        return "; ".join(parts)
+
+
+def read_calibration(
+    path: Path, tokenizer: PreTrainedTokenizerBase, *, longest: int, seed: int
+) -> tuple[Tokens, Report]:
     """Reads, renders and tokenizes a calibration file.
 
     Args:
-        path: JSON lines, one object each: `messages` (rendered by the chat template, with `chat_template_kwargs`),
-            `prompt` and `completion` (rendered already), or `text`.
+        path: JSON lines, one object each: `messages` (rendered by the chat template, with `tools` and
+            `chat_template_kwargs`), `prompt` and `completion` (rendered already), or `text`.
         tokenizer: Of the parent checkpoint.
         longest: Sequences are cut to so many tokens.
         seed: Of the order of sequences: the leading ones serve for held-out errors and sensitivity.
@@ -95,19 +128,21 @@ def read_calibration(path: Path, tokenizer: PreTrainedTokenizerBase, *, longest:
         UsageError: The file cannot be read, is empty, or a line is not what is expected.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             f"calibration file {path}: cannot be read as UTF-8 text ({error}); give a JSON Lines file"
         ) from error
-    sequences = []
+    sequences, rows, cut, dropped = [], 0, 0, 0
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         where = f"calibration file {path}, line {number}"
-        prompt, text = _render(_parse(line, where), tokenizer, where)
+        prompt, text = render(parse_line(line, where), tokenizer, where)
         _check_characters(text, where)
-        sequence = _tokenize(prompt, text, tokenizer, longest)
+        whole = _tokenize(prompt, text, tokenizer)
+        sequence = [*whole[: longest - 1], (whole[longest - 1][0], False)] if len(whole) > longest else whole
+        rows, cut, dropped = rows + 1, cut + (len(whole) > longest), dropped + len(whole) - len(sequence)
         if len(sequence) > 1:
             sequences.append(sequence)
     if not sequences:
@@ -122,51 +157,10 @@ def read_calibration(path: Path, tokenizer: PreTrainedTokenizerBase, *, longest:
             f"calibration file {path}: no token of an answer within {longest} tokens of a line's begin; "
             "give completions, or shorter prompts"
         )
-    return Tokens(torch.tensor(ids), torch.tensor(predicts), tuple(len(sequence) for sequence in sequences))
-
-
-def _parse(line: str, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where}: not JSON ({error}); give one JSON object per line") from error
-    if not isinstance(record, dict) or not _fits(record):
-        raise UsageError(f"{where}: {_SCHEMA}")
-    return record
-
-
-def _fits(record: Mapping[str, Any]) -> bool:
-    keys = set(record)
-    if keys == {"text"} or keys == {"prompt", "completion"}:
-        return all(isinstance(value, str) for value in record.values())
-    if keys - {"chat_template_kwargs"} != {"messages"}:
-        return False
-    messages = record["messages"]
-    return (
-        isinstance(record.get("chat_template_kwargs", {}), dict)
-        and isinstance(messages, list)
-        and bool(messages)
-        and all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages)
-    )
-
-
-def _render(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[str, str]:
-    """The prompt, whose predictions do not count, and the whole text that begins with it."""
-    if "text" in record:
-        return "", record["text"]
-    if "prompt" in record:
-        return record["prompt"], record["prompt"] + record["completion"]
-    messages, options = record["messages"], record.get("chat_template_kwargs", {})
-    answered = messages[-1]["role"] == "assistant"
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=not answered, **options)
-        if not answered:
-            return "", str(text)
-        prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True, **options)
-    except (TemplateError, ValueError, TypeError) as error:
-        raise UsageError(f"{where}: the chat template refuses these messages ({error}); correct them") from error
-    # Templates may render a past answer unlike the one being generated (thinking dropped): then every token counts.
-    return (str(prompt) if str(text).startswith(str(prompt)) else ""), str(text)
+    tokens = Tokens(torch.tensor(ids), torch.tensor(predicts), tuple(len(sequence) for sequence in sequences))
+    silent = sum(not any(counts for _, counts in sequence) for sequence in sequences)
+    short = rows - len(sequences)
+    return tokens, Report(rows, short, cut, silent, len(ids), dropped, sum(predicts), longest)
 
 
 def _check_characters(text: str, where: str) -> None:
@@ -178,9 +172,9 @@ def _check_characters(text: str, where: str) -> None:
         raise UsageError(f"{where}: {half} without its other half is no character; correct the text") from error
 
 
-def _tokenize(prompt: str, text: str, tokenizer: PreTrainedTokenizerBase, longest: int) -> list[tuple[int, bool]]:
+def _tokenize(prompt: str, text: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, bool]]:
     """Pairs of a token and whether the prediction made at it counts."""
-    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, truncation=True, max_length=longest)
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     starts = [start for start, _ in found["offset_mapping"]]
     counts = [start >= len(prompt) for start in starts[1:]]
     return list(zip(found["input_ids"], [*counts, False], strict=False))  # an empty text has no token

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from vqserve import __version__
 from vqserve.encode import steps
-from vqserve.encode.calibration import read_calibration
+from vqserve.encode.calibration import FEW_PREDICTIONS, Report, read_calibration
 from vqserve.encode.card import Origin, model_card, parent_license
 from vqserve.encode.parent import Parent
 from vqserve.encode.plan import Plan, Table, byte_budget, make_plan
@@ -80,7 +80,8 @@ def encode(
     parent = Parent(src)
     byte_budget(parent.geometry, bits)
     longest = min(LONGEST, parent.geometry.index_topk)
-    tokens = read_calibration(calibration, parent.tokenizer(), longest=longest, seed=seed)
+    tokens, report = read_calibration(calibration, parent.tokenizer(), longest=longest, seed=seed)
+    _tell(calibration, report, progress)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if target.type == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch finds no CUDA GPU here; leave the option out, or install a CUDA build")
@@ -119,6 +120,15 @@ def encode(
         if work is None:
             results.clear()
     return plan
+
+
+def _tell(calibration: Path, report: Report, progress: bool) -> None:
+    """Says what the calibration file holds; that it holds little, in any case."""
+    if progress:
+        sys.stderr.write(f"vqserve: {calibration}: {report}\n")
+    if report.predictions < FEW_PREDICTIONS:
+        few = f"only {report.predictions:,} predictions count; give text with {FEW_PREDICTIONS:,} or more"
+        sys.stderr.write(f"vqserve: warning: {calibration}: {few}, or expect a poorer encoding\n")
 
 
 def _run_steps(job: Job, workers: int | None, progress: bool) -> None:
