@@ -197,6 +197,7 @@ def test_a_taken_port_is_found_before_the_start(random_checkpoint: Path, capsys:
         (("--host", "192.0.2.1"), "cannot listen on 192.0.2.1:8001"),
         (("--tensor-parallel-size", "3"), "tensor parallel size 3: num_attention_heads = 2 is not a multiple"),
         (("--tensor-parallel-size", "0"), "tensor parallel size 0"),
+        (("--tensor-parallel-size", "1000000000"), "tensor parallel size 1000000000: num_attention_heads = 2"),
         (("--max-model-len", "5000"), "--max-model-len 5000: expected 1..4096"),
         (("--chat-template", "nowhere.jinja"), "--chat-template nowhere.jinja: no such file"),
         (("--attention", "sparse"), "no sparse attention on CPUs"),

@@ -78,7 +78,7 @@ def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 def test_all_of_the_parent_but_its_prediction_layer_is_there(parent: Path, checkpoint: Path) -> None:
     found, stored = check_checkpoint(checkpoint), read_tensors(parent)
-    assert found.geometry.mtp_layers == range(4, 5)
+    assert found.config["num_nextn_predict_layers"] == 0
     assert {layer_of(name) for name in stored} - {layer_of(name) for name in found.tensors} == {4}
     assert not any(name.startswith("model.layers.2.self_attn.indexer") for name in found.tensors)
     assert [module.name for module in found.quant.modules] == [f"model.layers.{n}.mlp.experts" for n in (2, 3)]

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from random_checkpoint import read_tensors
 from random_parent import make_random_parent, write_weights
+from vqserve.cli import main
 from vqserve.encode import parent as parent_module
 from vqserve.encode.parent import Parent
-from vqserve.format.errors import TensorError
+from vqserve.format.config import PROJECTIONS
+from vqserve.format.errors import CheckpointError, TensorError
+from vqserve.format.files import check_checkpoint
 from vqserve.format.names import layer_of
+from vqserve.format.variants import IMPLIED
 
 
 @pytest.fixture
@@ -73,7 +79,76 @@ def test_a_parent_is_told_by_its_content(limit: int, folder: Path, monkeypatch: 
     assert Parent(folder).fingerprint() != before, "same size and time, other content"
 
 
-def test_a_small_parent_copied_anew_is_the_same_parent(random_parent: Path, folder: Path) -> None:
+@pytest.mark.parametrize("limit", [2**40, 0])
+def test_a_parent_copied_anew_is_the_same_parent(
+    limit: int, random_parent: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parent_module, "DIGEST_LIMIT", limit)
     for path in folder.iterdir():
         os.utime(path, ns=(1, 1))
     assert Parent(folder).fingerprint() == Parent(random_parent).fingerprint()
+
+
+def same_tensors(folder: Path, other: Path) -> bool:
+    one, two = Parent(folder), Parent(other)
+    return one.tensors.keys() == two.tensors.keys() and all(
+        torch.equal(one.tensor(name), two.tensor(name)) for name in one.tensors
+    )
+
+
+def test_a_single_file_needs_no_index(random_parent: Path, folder: Path) -> None:
+    tensors = read_tensors(folder)
+    for path in folder.glob("model*.safetensors*"):
+        path.unlink()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert same_tensors(folder, random_parent)
+
+
+def test_a_buffer_that_older_exports_hold_is_passed_over(random_parent: Path, folder: Path) -> None:
+    left_over = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(32) for layer in range(4)}
+    write_weights(folder, read_tensors(folder) | left_over, 2)
+    assert same_tensors(folder, random_parent)
+
+
+def test_experts_that_are_stored_fused_are_read_apart(random_parent: Path, folder: Path) -> None:
+    tensors = read_tensors(folder)
+    for layer in (1, 2, 3):
+        module = f"model.layers.{layer}.mlp.experts"
+        experts = [[tensors.pop(f"{module}.{e}.{proj}.weight") for proj in PROJECTIONS] for e in range(16)]
+        tensors[f"{module}.gate_up_proj"] = torch.stack([torch.cat([gate, up]) for gate, up, _ in experts])
+        tensors[f"{module}.down_proj"] = torch.stack([down for *_, down in experts])
+    write_weights(folder, tensors, 2)
+    assert same_tensors(folder, random_parent)
+    assert main(["serve", str(folder), "--bf16", "--print"]) == 2
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json"])
+def test_a_git_lfs_pointer_is_told_from_damage(name: str, folder: Path) -> None:
+    (folder / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 123\n")
+    with pytest.raises(CheckpointError, match=rf"{name}: expected .*, found a Git LFS pointer to .*; .*git lfs pull"):
+        Parent(folder)
+
+
+def test_a_model_in_a_hubs_cache_is_read_through_its_links(random_checkpoint: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "models--who--what"
+    blobs, snapshot = cache / "blobs", cache / "snapshots" / "0123abc"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for path in random_checkpoint.iterdir():
+        shutil.copyfile(path, blobs / f"blob-{path.name}")
+        (snapshot / path.name).symlink_to(Path("../../blobs") / f"blob-{path.name}")
+    check_checkpoint(snapshot)
+    (snapshot / "README.md").unlink()
+    (snapshot / "README.md").symlink_to(random_checkpoint / "README.md")
+    with pytest.raises(CheckpointError, match="expected a file inside the folder, found a link"):
+        check_checkpoint(snapshot)
+
+
+def test_what_transformers_implies_is_completed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    for key in IMPLIED:
+        config.pop(key, None)
+    (folder / "config.json").write_text(json.dumps(config))
+    assert {key: Parent(folder).config[key] for key in IMPLIED} == IMPLIED
+    assert main(["serve", str(folder), "--bf16", "--print"]) == 2
+    assert "scoring_func: key is missing" in capsys.readouterr().err

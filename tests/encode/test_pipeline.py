@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,16 +18,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import vqserve
 from encode.mortal import encode_until
 from random_checkpoint import read_tensors
 from random_parent import make_random_parent, write_weights
 from vqserve import cli
-from vqserve.encode import steps
+from vqserve.encode import code, steps
 from vqserve.encode.parent import Parent
 from vqserve.encode.pipeline import encode
-from vqserve.encode.work import open_work
+from vqserve.encode.work import open_work, save_tensors
 from vqserve.encode.writer import MARKER, claimed
 from vqserve.format.config import PROJECTIONS
+from vqserve.format.errors import UsageError
 from vqserve.format.files import check_checkpoint
 from vqserve.format.manifest import sha256_file
 from vqserve.format.names import codebook_name, expert_tensor
@@ -282,10 +287,10 @@ def test_a_second_encode_into_the_same_folder_is_refused_while_the_first_runs(
     out = tmp_path / "out"
     with claimed(out):
         line = refused(capsys, *arguments(parent, out, calibration, "--work", str(work)))
-    assert f"{out}: another encode is at work in this folder; wait until it ends" in line
+    assert f"{out}: another encode is at work in this folder (process {os.getpid()} on " in line
     with open_work(work, json.loads((work / "key.json").read_text())):
         line = refused(capsys, *arguments(parent, tmp_path / "other", calibration, "--work", str(work)))
-    assert f"{work}: another encode is at work in this folder; wait until it ends" in line
+    assert f"{work}: another encode is at work in this folder (process {os.getpid()} on " in line
 
 
 def test_a_destination_with_something_in_it_is_refused_and_left_alone(
@@ -371,3 +376,65 @@ def test_extreme_experts_are_encoded_finitely_and_the_card_says_so(
     encode(folder, tmp_path / "one", bits=2.0, calibration=one, progress=False)
     check_checkpoint(tmp_path / "one", digests=True)
     assert "nan" not in (tmp_path / "one" / "README.md").read_text()
+
+
+def test_work_of_other_code_or_libraries_is_not_taken_over(
+    parent: Path,
+    calibration: Path,
+    work: Path,
+    encoded: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = tmp_path / "vqserve"
+    shutil.copytree(Path(vqserve.__file__).parent, source, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(code.vqserve, "__file__", str(source / "__init__.py"))
+    same = arguments(parent, tmp_path / "same", calibration, "--work", str(work))
+    assert cli.main(same) == 0, "a copy of the same code"
+    capsys.readouterr()
+    with (source / "reference" / "pack.py").open("a", encoding="utf-8") as file:
+        file.write("CHANGED = True\n")
+    other = arguments(parent, tmp_path / "other", calibration, "--work", str(work))
+    assert "another encode (code differ)" in refused(capsys, *other)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_said_in_one_line_and_the_encode_goes_on_when_there_is_room(
+    parent: Path, calibration: Path, encoded: Path, tmp_path: Path
+) -> None:
+    limited = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, -1)); "
+        "from vqserve.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = arguments(parent, tmp_path / "out", calibration, "--file-size", str(FILE_SIZE))
+    done = subprocess.run([sys.executable, "-c", limited, *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    *_, line = done.stderr.splitlines()
+    assert line.startswith(f"vqserve: error: {tmp_path / 'out'}")
+    assert "cannot be written (" in line
+    assert line.endswith("bytes free; make room and start the encode again: it goes on here".removeprefix("bytes "))
+    assert "Traceback" not in done.stderr
+    assert cli.main(command) == 0
+    assert digests(tmp_path / "out") == digests(encoded)
+
+
+def test_room_is_looked_for_before_a_file_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: argparse.Namespace(free=399))
+    with pytest.raises(UsageError, match=r"x\.safetensors: 400 bytes needed, 399 free; make room"):
+        save_tensors(tmp_path / "x.safetensors", {"x": torch.zeros(100)})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_prediction_layer_is_said_to_be_left_out(
+    calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(steps, "CODEBOOK_VECTORS", 2**13)
+    sizes = {"num_hidden_layers": 2, "n_routed_experts": 4, "hidden_size": 128, "moe_intermediate_size": 128}
+    folder = make_random_parent(tmp_path / "parent", num_nextn_predict_layers=1, **sizes)
+    encode(folder, tmp_path / "out", bits=2.0, calibration=calibration, progress=False)
+    assert "1 multi-token-prediction layer of" in capsys.readouterr().err
+    checkpoint = check_checkpoint(tmp_path / "out")
+    assert checkpoint.config["num_nextn_predict_layers"] == 0
+    assert not checkpoint.geometry.mtp_layers

@@ -53,7 +53,10 @@ def test_somebody_elses_folder_is_refused_and_left_as_it_is(name: str, text: str
 
 
 def test_a_second_encode_is_kept_out_while_the_first_is_at_work(tmp_path: Path) -> None:
-    busy = pytest.raises(UsageError, match=r"another encode is at work in this folder; wait until it ends")
+    busy = pytest.raises(
+        UsageError,
+        match=rf"another encode is at work in this folder \(process {os.getpid()} on .+\); wait until it ends",
+    )
     with open_work(tmp_path / "work", KEY):
         with busy as caught, open_work(tmp_path / "work", KEY):
             pass

@@ -19,10 +19,11 @@ from typing import Literal
 
 from vqserve.arguments import positive
 from vqserve.format.errors import UsageError
-from vqserve.format.files import DIGEST_LIMIT, Checkpoint, ParentCheckpoint, check_checkpoint, check_parent
+from vqserve.format.files import DIGEST_LIMIT, Checkpoint, ParentCheckpoint, check_checkpoint, check_parent, read_config
 from vqserve.format.geometry import Geometry
 from vqserve.format.known_answers import read_known_answers
 from vqserve.format.layout import check_shardable
+from vqserve.format.variants import check_variant
 from vqserve.settings import SPINE, WARM_UP_SECONDS, Spine, wanted_spine
 
 VLLM_VERSION = "0.32.0"
@@ -148,6 +149,11 @@ def check_arguments(args: argparse.Namespace, checkpoint: Checkpoint | ParentChe
         UsageError: A value cannot work with this checkpoint or machine.
     """
     whole = bool({"-ep", "--enable-expert-parallel", "--enable_expert_parallel"}.intersection(args.passed))
+    if isinstance(checkpoint, ParentCheckpoint):
+        check_variant(read_config(args.path))  # as vLLM will read it, without what the encoder completes
+        if checkpoint.fused:
+            problem = "experts are stored fused (gate_up_proj), and vLLM reads them one by one"
+            raise UsageError(f"{args.path}: {problem}; save the model again in the hub's layout, or encode it")
     spine = checkpoint.quant.spine if isinstance(checkpoint, Checkpoint) else None
     check_shardable(checkpoint.geometry, args.tensor_parallel_size, spine, whole_experts=whole)
     longest = checkpoint.geometry.max_position_embeddings
@@ -157,6 +163,11 @@ def check_arguments(args: argparse.Namespace, checkpoint: Checkpoint | ParentChe
         raise UsageError(f"--chat-template {args.chat_template}: no such file")
     if cpu and args.attention == "sparse":
         raise UsageError("--attention sparse: vLLM has no sparse attention on CPUs; use dense")
+    if args.attention == "sparse" and checkpoint.config.get("indexer_rope_interleave") is not True:
+        problem = (
+            f"{args.path / 'config.json'} has no indexer_rope_interleave, and vLLM would rotate the indexer wrongly"
+        )
+        raise UsageError(f"--attention sparse: {problem}; set it to true")
     cores = len(os.sched_getaffinity(0))
     if cpu and args.tensor_parallel_size > cores:
         raise UsageError(f"--tensor-parallel-size {args.tensor_parallel_size}: {cores} CPU cores for that many ranks")

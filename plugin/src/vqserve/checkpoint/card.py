@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     scores = "\n\n".join(_section(path) for path in args.scores)
     check_checkpoint(args.path)
     card = with_scores((args.path / CARD).read_text(encoding="utf-8"), scores)
-    replace_file(args.path, CARD, card.encode())
+    replace_file(args.path, CARD, card)
     print(f"{args.path / CARD}: holds the scores of {len(args.scores)} results; the manifest is right again")
     return 0
 

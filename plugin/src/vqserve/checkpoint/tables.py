@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from vqserve.format.atomic import write_whole
 from vqserve.format.errors import UsageError
 
 PLAIN_WIDTH = 120
@@ -49,4 +50,4 @@ def check_writable(option: str, path: Path | None) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Writes what a command has found."""
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

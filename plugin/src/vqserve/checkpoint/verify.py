@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
-import json
 import os
 import sys
 import time
@@ -25,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vqserve.arguments import positive
+from vqserve.checkpoint.tables import write_json
 from vqserve.format.errors import CheckpointError, UsageError
 from vqserve.format.files import (
     check_folder,
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     verdict = verify(args.path, args.threads or len(os.sched_getaffinity(0)), quiet=args.quiet)
     seconds = time.perf_counter() - start
     if args.json is not None:
-        args.json.write_text(json.dumps(_as_json(args.path, verdict, seconds), indent=2) + "\n", encoding="utf-8")
+        write_json(args.json, _as_json(args.path, verdict, seconds))
     for problem in verdict.findings[:_SHOWN]:
         print(f"vqserve: error: {problem}", file=sys.stderr)
     if len(verdict.findings) > _SHOWN:

@@ -16,10 +16,10 @@ from vqserve.format.errors import CheckpointError, TensorError
 from vqserve.format.files import DIGEST_LIMIT, check_parent
 from vqserve.format.manifest import sha256_file
 from vqserve.format.names import expert_tensor, experts_module
+from vqserve.reference.tensors import read_tensor
 
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _DOWNLOAD = "download the parent checkpoint again, as its makers publish it"
-_SAMPLE_BYTES = 2**20
+_SAMPLES, _SAMPLE_BYTES = 64, 2**16
 
 
 class Parent:
@@ -50,7 +50,7 @@ class Parent:
             TensorError: It holds NaN or infinity.
         """
         stored = self.tensors[name]
-        tensor = torch.frombuffer(bytearray(stored.read()), dtype=_DTYPES[stored.dtype]).view(stored.shape)
+        tensor = read_tensor(stored)
         if not tensor.isfinite().all():
             place = (~tensor.isfinite()).nonzero()[0].tolist()
             problem = f"expected finite values, found {tensor[tuple(place)].item()} at {place}"
@@ -88,10 +88,10 @@ class Parent:
         return tokenizer
 
     def fingerprint(self) -> dict[str, Any]:
-        """Tells parents apart: the configuration and the sha256 of each weight file.
+        """Tells parents apart by their content: the configuration and the sha256 of each weight file.
 
-        From 1 GiB in all, where reading everything would take minutes, and hours for 1.45 TB, each file stands for
-        itself by size, time, and the sha256 of its header, the first and the last MiB of its data.
+        From 1 GiB in all, where reading everything would take minutes, and hours for 1.45 TB, the sha256 is that of a
+        file's header and of `_SAMPLES` pieces spread over it, beside its size.
         """
         paths = sorted({stored.path for stored in self.tensors.values()})
         whole = sum(path.stat().st_size for path in paths) < DIGEST_LIMIT
@@ -102,11 +102,13 @@ class Parent:
 
 
 def _sample(path: Path) -> list[int | str]:
-    """Size and time of a safetensors file, and the sha256 of its header, the first and the last MiB of its data."""
-    stat = path.stat()
+    """Size of a safetensors file, and the sha256 of its header and of pieces from its first byte to its last."""
+    size = path.stat().st_size
     with path.open("rb") as file:
         length = file.read(8)
-        digest = hashlib.sha256(length + file.read(int.from_bytes(length, "little") + _SAMPLE_BYTES))
-        file.seek(max(file.tell(), stat.st_size - _SAMPLE_BYTES))
-        digest.update(file.read())
-    return [stat.st_size, stat.st_mtime_ns, digest.hexdigest()]
+        digest = hashlib.sha256(length + file.read(int.from_bytes(length, "little")))
+        start = file.tell()
+        for at in range(_SAMPLES):
+            file.seek(start + max(0, size - start - _SAMPLE_BYTES) * at // (_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE_BYTES))
+    return [size, digest.hexdigest()]

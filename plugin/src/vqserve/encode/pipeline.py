@@ -19,6 +19,7 @@ from vqserve import __version__
 from vqserve.encode import steps
 from vqserve.encode.calibration import FEW_PREDICTIONS, Report, read_calibration
 from vqserve.encode.card import Origin, model_card, parent_license
+from vqserve.encode.code import software
 from vqserve.encode.parent import Parent
 from vqserve.encode.plan import Plan, Table, byte_budget, make_plan
 from vqserve.encode.steps import Job, chunk_name, load_codebooks
@@ -30,8 +31,6 @@ from vqserve.format.names import codebook_name, experts_module, layer_of, parse_
 LONGEST = 2048
 """Calibration sequences are cut to so many tokens (or the model's `index_topk`, if less)."""
 FILE_SIZE = 4 * 2**30
-STEPS_VERSION = 3
-"""Part of the work folder's key: raised when a step's results change."""
 _WORK = "work"
 _TABLES = ("costs", "errors")
 
@@ -81,7 +80,6 @@ def encode(
     byte_budget(parent.geometry, bits)
     longest = min(LONGEST, parent.geometry.index_topk)
     tokens, report = read_calibration(calibration, parent.tokenizer(), longest=longest, seed=seed)
-    _tell(calibration, report, progress)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if target.type == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch finds no CUDA GPU here; leave the option out, or install a CUDA build")
@@ -89,15 +87,18 @@ def encode(
         "parent": parent.fingerprint(),
         "tokens": tokens.fingerprint(),
         "seed": seed,
-        "device": target.type,
-        "steps": STEPS_VERSION,
+        **software(target),
     }
     place = work or dst / _WORK
     if work and (work.resolve().is_relative_to(dst.resolve()) or dst.resolve().is_relative_to(work.resolve())):
         raise UsageError(f"--work {work}: lies in {dst}, or around it; choose a folder apart from the result")
     check_free(dst)
     check_work(place, key)
-    with claimed(dst), open_work(place, key) as results:
+    with claimed(dst), open_work(place, key) as results, _deterministic(target):
+        _tell(calibration, report, progress)
+        if dropped := parent.geometry.num_nextn_predict_layers:
+            left_out = f"{src}: its {dropped} multi-token-prediction layers will not be in the result"
+            sys.stderr.write(f"vqserve: warning: {left_out}, which cannot speculate\n")
         for path in results.discard_damaged():
             sys.stderr.write(f"vqserve: {path}: damaged; its step runs again\n")
         job = Job(parent, tokens, results, target, seed)
@@ -106,6 +107,8 @@ def encode(
         predictions = int(tokens.predicts.sum())
         plan = make_plan(parent.geometry, bits, costs, errors, predictions)
         config = parent.config | {"quantization_config": plan.config.to_dict()}
+        if dropped:
+            config["num_nextn_predict_layers"] = 0
         origin = Origin(
             base_model=base_model or src.resolve().name,
             license=license_name or parent_license(src),
@@ -160,7 +163,9 @@ def _run(todo: list[Step], workers: int | None, device: torch.device, bar: tqdm[
             step()
             bar.update()
         return
-    with ThreadPoolExecutor(workers or os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ThreadPoolExecutor(
+        workers or len(os.sched_getaffinity(0)), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
         futures = [pool.submit(step) for step in todo]
         try:
             for future in as_completed(futures):
@@ -169,6 +174,19 @@ def _run(todo: list[Step], workers: int | None, device: torch.device, bar: tqdm[
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+@contextmanager
+def _deterministic(device: torch.device) -> Iterator[None]:
+    """Has a GPU add in the same order every time; several of torch's kernels would not."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 @contextmanager

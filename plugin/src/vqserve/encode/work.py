@@ -9,6 +9,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,30 +20,31 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vqserve.format.atomic import remove_unfinished, replacing, unfinished_name, write_whole
 from vqserve.format.errors import UsageError
 
 _KEY = "key.json"
 _LOCK = ".lock"
-_UNFINISHED = ".unfinished"
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary name to write to, and renames it to `path` once it is complete and on disk."""
-    unfinished = _unfinished(path)
-    unfinished.touch()
-    mode = unfinished.stat().st_mode
-    yield unfinished
-    unfinished.chmod(mode)  # safetensors would leave its files unreadable for others
-    with unfinished.open("rb+") as file:
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a safetensors file that appears whole or not at all.
 
-
-def remove_unfinished(folder: Path) -> None:
-    """Removes what an interrupted write left behind."""
-    for path in folder.glob(f".*{_UNFINISHED}"):
-        path.unlink()
+    Raises:
+        UsageError: The disk is full, or the file cannot be written for another reason.
+    """
+    nbytes, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(path.parent).free
+    again = "make room and start the encode again: it goes on here"
+    if nbytes > free:
+        raise UsageError(f"{path}: {nbytes:,} bytes needed, {free:,} free; {again}")
+    try:
+        with replacing(path) as unfinished:
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, unfinished, {"format": "pt"})
+    except (SafetensorError, OSError) as cause:
+        free = shutil.disk_usage(path.parent).free
+        raise UsageError(
+            f"{path}: cannot be written ({cause}), {nbytes:,} bytes needed, {free:,} free; {again}"
+        ) from cause
 
 
 def open_locked(path: Path, flags: int) -> int:
@@ -55,15 +58,18 @@ def open_locked(path: Path, flags: int) -> int:
         The file descriptor.
 
     Raises:
-        UsageError: Another encode holds the lock.
+        UsageError: Another encode holds the lock; the message says which.
     """
     descriptor = os.open(path, os.O_RDWR | flags, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as cause:
+        holder = os.read(descriptor, 100).decode(errors="replace") or "one that has just begun"
         os.close(descriptor)
-        problem = "another encode is at work in this folder"
+        problem = f"another encode is at work in this folder ({holder})"
         raise UsageError(f"{path.parent}: {problem}; wait until it ends, or choose another") from cause
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
     return descriptor
 
 
@@ -79,8 +85,7 @@ class Work:
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Writes a result; it appears whole or not at all."""
-        with replacing(self._path(name)) as unfinished:
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, unfinished)
+        save_tensors(self._path(name), tensors)
 
     def load(self, name: str) -> dict[str, Tensor]:
         """Reads a result.
@@ -151,7 +156,7 @@ def check_work(folder: Path, key: Mapping[str, Any]) -> None:
         if (found := path.read_bytes()) != _text(key).encode():
             what = _difference(found, key)
             raise UsageError(f"{folder}: holds work of another encode ({what} differ); remove it or choose another")
-    elif any(found.name not in (_LOCK, _unfinished(path).name) for found in folder.iterdir()):
+    elif any(found.name not in (_LOCK, unfinished_name(path).name) for found in folder.iterdir()):
         raise UsageError(f"{folder}: not empty and not a work folder; remove it or choose another")
 
 
@@ -173,15 +178,10 @@ def open_work(folder: Path, key: Mapping[str, Any]) -> Iterator[Work]:
         check_work(folder, key)  # another encode may have begun one before the lock was ours
         remove_unfinished(folder)
         if not (folder / _KEY).is_file():
-            with replacing(folder / _KEY) as unfinished:
-                unfinished.write_text(_text(key), encoding="utf-8")
+            write_whole(folder / _KEY, _text(key))
         yield Work(folder)
     finally:
         os.close(descriptor)
-
-
-def _unfinished(path: Path) -> Path:
-    return path.with_name(f".{path.name}{_UNFINISHED}")
 
 
 def _text(key: Mapping[str, Any]) -> str:

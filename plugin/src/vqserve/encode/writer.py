@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
-from vqserve.encode.work import open_locked, remove_unfinished, replacing
+from vqserve.encode.work import open_locked, save_tensors
+from vqserve.format.atomic import remove_unfinished, replacing, write_whole
 from vqserve.format.errors import UsageError
 from vqserve.format.files import INDEX
 from vqserve.format.layout import TensorSpec, checkpoint_specs
@@ -109,18 +109,19 @@ def write_checkpoint(
     for stale in {*folder.glob("model-*.safetensors"), folder / MANIFEST} - {folder / name for name in names}:
         stale.unlink(missing_ok=True)  # of an interrupted encode with other options
     for name, content in zip(names, files, strict=True):
-        with replacing(folder / name) as unfinished:
-            save_file({spec.name: read(spec.name).contiguous() for spec in content}, unfinished, {"format": "pt"})
+        save_tensors(folder / name, {spec.name: read(spec.name) for spec in content})
     total = sum(spec.nbytes for spec in specs)
     weight_map = {spec.name: name for name, content in zip(names, files, strict=True) for spec in content}
-    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    _write_json(folder / "config.json", config)
+    for name, value in (
+        (INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}),
+        ("config.json", config),
+    ):
+        write_whole(folder / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
     for name in COMPANIONS:
         if (source / name).is_file():
             with replacing(folder / name) as unfinished:
                 shutil.copyfile(source / name, unfinished)
-    with replacing(folder / "README.md") as unfinished:
-        unfinished.write_text(card, encoding="utf-8")
+    write_whole(folder / "README.md", card)
     write_manifest(folder)
 
 
@@ -143,8 +144,3 @@ def _place(spec: TensorSpec) -> float:
     if layer is not None:
         return layer
     return -1 if spec.name.startswith("model.embed") else float("inf")
-
-
-def _write_json(path: Path, value: object) -> None:
-    with replacing(path) as unfinished:
-        unfinished.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -17,6 +17,7 @@ from rich.table import Table
 from vqserve.arguments import positive
 from vqserve.evaluate.items import LANGUAGES
 from vqserve.evaluate.needle import DEPTHS, LENGTHS
+from vqserve.format.atomic import write_whole
 from vqserve.format.errors import UsageError
 from vqserve.format.files import read_config
 
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--json {args.json}: there is no folder {args.json.parent}")
     report = _kl(args) if args.task == "kl" else _questions(args)
     if args.json:
-        args.json.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_whole(args.json, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     return 0
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoTokenizer, GlmMoeDsaConfig, GlmMoeDsaForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -16,11 +15,12 @@ from vqserve.format.config import PROJECTIONS
 from vqserve.format.errors import CheckpointError
 from vqserve.format.files import Checkpoint, check_checkpoint, check_parent, read_config
 from vqserve.format.geometry import Geometry
-from vqserve.format.headers import StoredTensor
 from vqserve.format.names import codebook_name, expert_tensor, layer_of
 from vqserve.format.tiers import TIERS
+from vqserve.format.variants import completed
 from vqserve.reference.dequantize import Codebook, dequantize
 from vqserve.reference.gptq import dequantize_gptq
+from vqserve.reference.tensors import read_tensor
 
 
 def load_model(folder: Path) -> GlmMoeDsaForCausalLM:
@@ -32,7 +32,9 @@ def load_model(folder: Path) -> GlmMoeDsaForCausalLM:
     config = read_config(folder)
     plain = config.get("quantization_config") is None
     weights = _stored(folder) if plain else dequantized(check_checkpoint(folder))
-    unused = Geometry.from_dict(config).mtp_layers  # transformers' class does not have them
+    unused = Geometry.from_dict(
+        completed(config) if plain else config
+    ).mtp_layers  # transformers' class does not have them
     state = {name: weight for name, weight in weights if layer_of(name) not in unused}
     stock = GlmMoeDsaConfig.from_dict({k: v for k, v in config.items() if k != "quantization_config"})
     with _quiet():
@@ -57,7 +59,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def dequantized(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     """Every weight of a vqserve checkpoint under its parent's name, fp32."""
-    tensors = _Reader(checkpoint.tensors)
+
+    def tensor(name: str) -> Tensor:
+        return read_tensor(checkpoint.tensors[name])
+
     done: set[str] = set()
     for module in checkpoint.quant.modules:
         books = {}
@@ -65,39 +70,26 @@ def dequantized(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
             base = codebook_name(module.name, tier.id)
             refinement = codebook_name(module.name, tier.id, refinement=True) if tier.refinement_rows else None
             done.update(name for name in (base, refinement) if name)
-            books[tier.id] = Codebook(TIERS[tier.id], tensors[base], tensors[refinement] if refinement else None)
+            books[tier.id] = Codebook(TIERS[tier.id], tensor(base), tensor(refinement) if refinement else None)
         for proj in PROJECTIONS:
             for expert, letter in enumerate(module.tiers[proj]):
                 parts = ["codes", "scales"] + (["refinement"] if TIERS[letter].refinement_rows else [])
                 names = {part: expert_tensor(module.name, expert, proj, part) for part in parts}
                 done.update(names.values())
-                planes = {part: tensors[name] for part, name in names.items()}
+                planes = {part: tensor(name) for part, name in names.items()}
                 yield expert_tensor(module.name, expert, proj, "weight"), dequantize(planes, books[letter], proj)
     for name in checkpoint.quant.spine.modules if checkpoint.quant.spine else ():
         done.update(f"{name}.{part}" for part in ("qweight", "scales", "qzeros"))
-        yield f"{name}.weight", dequantize_gptq(tensors[f"{name}.qweight"], tensors[f"{name}.scales"])
+        yield f"{name}.weight", dequantize_gptq(tensor(f"{name}.qweight"), tensor(f"{name}.scales"))
     for name in checkpoint.tensors:
         if name not in done:
-            yield name, tensors[name].float()
-
-
-class _Reader:
-    """Tensors of a sharded checkpoint by name, each file opened once."""
-
-    def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
-        files = {path: safe_open(path, "pt") for path in {tensor.path for tensor in stored.values()}}
-        self.files = {name: files[tensor.path] for name, tensor in stored.items()}
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self.files[name].get_tensor(name)  # type: ignore[no-untyped-call]
-        return tensor
+            yield name, tensor(name).float()
 
 
 def _stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every weight of an unquantized checkpoint, fp32."""
-    tensors = _Reader(check_parent(folder).tensors)
-    for name in tensors.files:
-        yield name, tensors[name].float()
+    for name, stored in check_parent(folder).tensors.items():
+        yield name, read_tensor(stored).float()
 
 
 @contextlib.contextmanager

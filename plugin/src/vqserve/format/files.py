@@ -17,14 +17,19 @@ from vqserve.format.geometry import Geometry
 from vqserve.format.headers import StoredTensor, read_header
 from vqserve.format.layout import TensorSpec, checkpoint_specs, float_dtype, parent_specs
 from vqserve.format.manifest import FileRecord, Report, check_manifest, plain_file, read_manifest, refuse
+from vqserve.format.names import expert_tensor
 from vqserve.format.strict_json import read_object
 from vqserve.format.values import check_codebooks, check_scales, check_zero_points
 from vqserve.format.variants import completed
 
 INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 DIGEST_LIMIT = 1 << 30
 """Checkpoints below this many bytes are read whole by `vqserve serve`, for their sha256: it takes about a second."""
 
+_FUSED = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
+_LEFT_OVER = ".rotary_emb.inv_freq"
+"""Buffer that older exports hold; it follows from the configuration."""
 _DOWNLOAD = "download the parent checkpoint again, as its makers publish it"
 _REENCODE = "restore the checkpoint from where it came from, or encode it again"
 
@@ -60,13 +65,15 @@ class ParentCheckpoint:
         path: Its folder.
         config: The parsed `config.json`, completed by what transformers' class implies (see `format.variants`).
         geometry: The model's sizes.
-        tensors: Where every tensor is, by name.
+        tensors: Where every tensor is, by name; of experts that are stored fused, where each one's part is.
+        fused: Whether experts are stored so, as transformers 5 does if told to keep its own layout.
     """
 
     path: Path
     config: Mapping[str, Any]
     geometry: Geometry
     tensors: Mapping[str, StoredTensor]
+    fused: bool
 
 
 def check_parent(folder: Path) -> ParentCheckpoint:
@@ -83,9 +90,45 @@ def check_parent(folder: Path) -> ParentCheckpoint:
             raise ConfigError(where, "the checkpoint is quantized already", "give the unquantized parent")
         config = completed(config)
         geometry = Geometry.from_dict(config)
-        tensors = read_tensors(folder)
+        stored = read_tensors(folder) if (folder / INDEX).is_file() else read_single(folder)
+        tensors = {
+            part.name: part
+            for tensor in stored.values()
+            if not tensor.name.endswith(_LEFT_OVER)
+            for part in unfused(tensor, geometry)
+        }
         check_tensors(tensors, parent_specs(geometry, float_dtype(config)), remedy=_DOWNLOAD)
-    return ParentCheckpoint(folder, config, geometry, tensors)
+    fused = any(tensor.name.endswith(_FUSED) for tensor in stored.values())
+    return ParentCheckpoint(folder, config, geometry, tensors, fused)
+
+
+def read_single(folder: Path) -> dict[str, StoredTensor]:
+    """Where every tensor of an unquantized checkpoint without an index is: in its one file.
+
+    Raises:
+        CheckpointError: There is no such file, or it is damaged.
+    """
+    return read_header(plain_file(folder, SINGLE, f"the checkpoint, which has no {INDEX},", links=True))
+
+
+def unfused(tensor: StoredTensor, geometry: Geometry) -> Iterator[StoredTensor]:
+    """The projections of a layer's experts, if a tensor is all of them on top of each other, else the tensor itself."""
+    module, _, leaf = tensor.name.rpartition(".")
+    inner, hidden = geometry.moe_intermediate_size, geometry.hidden_size
+    whole = {
+        "gate_up_proj": (geometry.n_routed_experts, 2 * inner, hidden),
+        "down_proj": (geometry.n_routed_experts, hidden, inner),
+    }
+    if not tensor.name.endswith(_FUSED) or tensor.shape != whole[leaf]:
+        yield tensor
+        return
+    projections = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else ("down_proj",)
+    nbytes = tensor.nbytes // geometry.n_routed_experts // len(projections)
+    for expert in range(geometry.n_routed_experts):
+        for at, proj in enumerate(projections):
+            name = expert_tensor(module, expert, proj, "weight")
+            offset = tensor.offset + (expert * len(projections) + at) * nbytes
+            yield StoredTensor(name, tensor.dtype, geometry.expert_shape(proj), tensor.path, offset, nbytes)
 
 
 def check_checkpoint(folder: Path, digests: bool | None = None) -> Checkpoint:

@@ -12,7 +12,7 @@ from typing import Any
 
 from vqserve.format.errors import TensorError
 from vqserve.format.layout import DTYPE_BYTES
-from vqserve.format.strict_json import parse_object
+from vqserve.format.strict_json import LFS_POINTER, LFS_REMEDY, parse_object
 
 MAX_HEADER_BYTES = 100_000_000
 
@@ -69,6 +69,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(8)
+            if start == LFS_POINTER[:8]:
+                raise TensorError(where, "expected weights, found a Git LFS pointer to them", LFS_REMEDY)
             length = int.from_bytes(start, "little")
             if len(start) < 8:
                 raise TensorError(where, f"expected a header length of 8 bytes, found a file of {size}", _RESTORE)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from vqserve.format.atomic import replacing, write_whole
 from vqserve.format.errors import CheckpointError, ManifestError
 from vqserve.format.strict_json import read_object
 
@@ -57,10 +58,11 @@ def plain_file(folder: Path, name: str, source: str, *, links: bool = False) -> 
         folder: The checkpoint.
         name: The name as `source` gives it.
         source: What names it, for the error.
-        links: Whether it may be a link to a file outside, as all files are in the cache of a model hub.
+        links: Whether it may be a link to a file outside.
 
     Raises:
-        ManifestError: The name is not a plain file name, or there is no such regular file, or it lies outside.
+        ManifestError: The name is not a plain file name, or there is no such regular file, or it lies outside. What a
+            snapshot in the cache of a model hub links to, a blob of the same repository, does not.
     """
     if _PLAIN_NAME.fullmatch(name) is None:
         problem = f"expected plain file names inside the folder, found {name}"
@@ -69,10 +71,16 @@ def plain_file(folder: Path, name: str, source: str, *, links: bool = False) -> 
     if not path.is_file():
         problem = "is a dangling link" if path.is_symlink() else "is missing, or is not a regular file"
         raise ManifestError(str(path), f"named by {source}, but {problem}", _RESTORE)
-    if not links and not path.resolve().is_relative_to(folder.resolve()):
+    if not links and not any(path.resolve().is_relative_to(place) for place in _inside(folder.resolve())):
         problem = f"expected a file inside the folder, found a link to {path.resolve()}"
         raise ManifestError(str(path), problem, "copy the checkpoint with its links followed (cp -rL)")
     return path
+
+
+def _inside(folder: Path) -> list[Path]:
+    """The places that belong to a checkpoint: its folder and, in a hub's cache, the repository's blobs."""
+    is_snapshot = folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--")
+    return [folder, *([folder.parents[1] / "blobs"] if is_snapshot else [])]
 
 
 def build_manifest(folder: Path) -> dict[str, FileRecord]:
@@ -90,22 +98,22 @@ def build_manifest(folder: Path) -> dict[str, FileRecord]:
 
 def write_manifest(folder: Path) -> None:
     """Writes `manifest.json` for the files that are in `folder` now; it appears whole or not at all."""
-    unfinished = _unfinished(folder, MANIFEST, _to_json(build_manifest(folder)))
-    unfinished.replace(folder / MANIFEST)
+    write_whole(folder / MANIFEST, _to_json(build_manifest(folder)))
 
 
-def replace_file(folder: Path, name: str, content: bytes) -> None:
-    """Replaces one file of a finished checkpoint, and its record in the manifest; no other file is read.
+def replace_file(folder: Path, name: str, content: str) -> None:
+    """Replaces one text file of a finished checkpoint, and its record in the manifest; no other file is read.
 
     Both are written out under temporary names first, so that only a kill between two renames can part them.
 
     Raises:
         ManifestError: The manifest is not valid.
     """
-    records = read_manifest(folder) | {name: FileRecord(len(content), hashlib.sha256(content).hexdigest())}
-    file, manifest = _unfinished(folder, name, content), _unfinished(folder, MANIFEST, _to_json(records))
-    file.replace(folder / name)
-    manifest.replace(folder / MANIFEST)
+    data = content.encode()
+    records = read_manifest(folder) | {name: FileRecord(len(data), hashlib.sha256(data).hexdigest())}
+    with replacing(folder / MANIFEST) as manifest, replacing(folder / name) as file:
+        file.write_bytes(data)
+        manifest.write_text(_to_json(records), encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> dict[str, FileRecord]:
@@ -184,15 +192,9 @@ def check_digest(path: Path, record: FileRecord, found: str, report: Report = re
         report(ManifestError(str(path), f"expected sha256 {record.sha256}, found {found}", _RESTORE))
 
 
-def _to_json(records: Mapping[str, FileRecord]) -> bytes:
+def _to_json(records: Mapping[str, FileRecord]) -> str:
     files = {name: {"size": record.size, "sha256": record.sha256} for name, record in records.items()}
-    return (json.dumps({"manifest_version": MANIFEST_VERSION, "files": files}, indent=2) + "\n").encode()
-
-
-def _unfinished(folder: Path, name: str, content: bytes) -> Path:
-    path = folder / f".{name}.unfinished"
-    path.write_bytes(content)
-    return path
+    return json.dumps({"manifest_version": MANIFEST_VERSION, "files": files}, indent=2) + "\n"
 
 
 def _visible_files(folder: Path) -> list[str]:

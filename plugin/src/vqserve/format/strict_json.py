@@ -11,6 +11,8 @@ from vqserve.format.errors import CheckpointError
 
 MAX_FILE_BYTES = 100_000_000
 
+LFS_POINTER = b"version https://git-lfs"
+LFS_REMEDY = "fetch the files themselves: git lfs pull"
 _RESTORE = "restore the file from where the checkpoint came from"
 
 
@@ -51,6 +53,8 @@ def read_object(path: Path, error: type[CheckpointError] = CheckpointError) -> d
         data = path.read_bytes()
     except OSError as cause:
         raise error(str(path), f"cannot be read: {cause.strerror}", "check the path and its permissions") from cause
+    if data.startswith(LFS_POINTER):
+        raise error(str(path), "expected JSON, found a Git LFS pointer to it", LFS_REMEDY)
     return parse_object(data, str(path), error)
 
 
