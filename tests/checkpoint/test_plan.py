@@ -28,9 +28,10 @@ def plan(capsys: Capture, *argv: str) -> tuple[int, str]:
 def refused(capsys: Capture, *argv: str) -> str:
     """The one line on stderr with which it ends."""
     try:
-        assert main(["plan", *argv]) == 2
+        code: object = main(["plan", *argv])
     except SystemExit as end:  # argparse's own, below its usage
-        assert end.code == 2
+        code = end.code
+    assert code == 2
     out, error = capsys.readouterr()
     assert out == ""
     *_, line = error.splitlines()

@@ -40,7 +40,6 @@ def check(process: EngineProcess, folder: Path, dtype: str, options: dict[str, A
     question = Question(folder, [[30, 31, 32]], dtype, generate=1, inspect=inside.memory_of_ranks, options=options)
     _, ranks = process.ask(question)
     wanted = estimate(folder, dtype, options)
-    print(dtype, options, wanted.weights.total, ranks)
     assert len(ranks) == wanted.ranks
     assert max(weights for weights, _, _ in ranks) == pytest.approx(wanted.weights.total, rel=TOLERANCE)
     for _, per_token, cached in ranks:
