@@ -212,8 +212,8 @@ def print_bits(found: Inventory) -> None:
         costs = (f"{tier.bits:g}", f"{tier.effective_bits:g}")
         rows.append([letter, f"{pairs:,}", f"{number:,}", f"{number / weights:.1%}", *costs, gib(nbytes)])
     totals = [sum(values) for values in zip(*found.experts.values(), strict=True)]
-    costs = tuple(f"{bits:.3f}" for bits in found.bits())
-    rows.append(["all", f"{totals[0]:,}", f"{totals[1]:,}", "100.0%", *costs, gib(totals[2])])
+    average = (f"{bits:.3f}" for bits in found.bits())
+    rows.append(["all", f"{totals[0]:,}", f"{totals[1]:,}", "100.0%", *average, gib(totals[2])])
     columns = ["tier", "projections of experts", "weights", "share", "bits", "with scales", "bytes"]
     print_table("Vector-quantized experts, bits per weight", columns, rows)
 
