@@ -106,6 +106,7 @@ def bench(demo_parent: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
         steps.gradient(job, layer)
     with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         list(pool.map(lambda d: steps.codebooks(job, d), steps.WIDTHS))
+        list(pool.map(lambda layer: steps.prior(job, layer), parent.geometry.moe_layers))
         list(pool.map(lambda chunk: steps.experts(job, *chunk), job.chunks))
     return Bench(job, load_model(demo_parent), load_model(demo_parent), load_tokenizer(demo_parent), draw_samples())
 

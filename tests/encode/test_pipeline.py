@@ -19,6 +19,7 @@ from encode.mortal import encode_until
 from random_checkpoint import read_tensors
 from random_parent import make_random_parent, write_weights
 from vqserve import cli
+from vqserve.encode import steps
 from vqserve.encode.parent import Parent
 from vqserve.encode.pipeline import encode
 from vqserve.encode.work import open_work
@@ -332,3 +333,41 @@ def test_a_senseless_option_is_refused(
         cli.main(arguments(parent, tmp_path / "out", calibration, *option))
     assert caught.value.code == 2
     assert option[0] in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_which_experts_are_encoded_together_changes_nothing(
+    at_once: int, parent: Path, calibration: Path, encoded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(steps.EXPERTS_AT_ONCE, "cpu", at_once)
+    encode(parent, tmp_path / "encoded", bits=2.0, calibration=calibration, progress=False, file_size=FILE_SIZE)
+    assert digests(tmp_path / "encoded") == digests(encoded)
+
+
+@pytest.mark.slow
+def test_extreme_experts_are_encoded_finitely_and_the_card_says_so(
+    parent: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One expert of zeros, one with a row of zeros, one that a single token chooses, one that none does."""
+    monkeypatch.setattr(steps, "CODEBOOK_VECTORS", 2**13)
+    folder = shutil.copytree(parent, tmp_path / "parent")
+    tensors = read_tensors(folder)
+    for layer in (1, 2):
+        module = f"model.layers.{layer}.mlp"
+        for proj in PROJECTIONS:
+            tensors[f"{module}.experts.0.{proj}.weight"].zero_()
+        tensors[f"{module}.experts.1.up_proj.weight"][3] = 0
+        tensors[f"{module}.gate.e_score_correction_bias"][5] = -100  # no token chooses expert 5
+    write_weights(folder, tensors, 2)
+    encode(folder, tmp_path / "encoded", bits=2.0, calibration=calibration, progress=False)
+    check_checkpoint(tmp_path / "encoded", digests=True)
+    card = (tmp_path / "encoded" / "README.md").read_text()
+    assert "nan" not in card
+    assert "| experts without a calibration token | 2 of 12 |" in card
+    assert "| projections that are all 0 | 6 of 36 |" in card
+    one = tmp_path / "one.jsonl"
+    one.write_text('{"text": "12"}\n')
+    encode(folder, tmp_path / "one", bits=2.0, calibration=one, progress=False)
+    check_checkpoint(tmp_path / "one", digests=True)
+    assert "nan" not in (tmp_path / "one" / "README.md").read_text()

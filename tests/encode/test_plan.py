@@ -20,7 +20,7 @@ from vqserve.format.tiers import TIERS
 
 GEOMETRY = Geometry.from_dict(CONFIG)
 SHAPE = len(GEOMETRY.moe_layers), GEOMETRY.n_routed_experts, len(PROJECTIONS)
-ORIGIN = Origin("GLM-test", "mit", "calibration.jsonl", 1000, 900, seed=3, version="0.0")
+ORIGIN = Origin("GLM-test", "mit", "calibration.jsonl", 1000, 900, 48, 2, 3, seed=3, version="0.0")
 
 
 def random_costs(seed: int) -> NDArray[np.float64]:

@@ -7,8 +7,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from vqserve.encode.statistics import Routing, expert_moments, pooled_moment, sensitivities, shrink
+from vqserve.encode.statistics import (
+    Routing,
+    Squares,
+    expert_moments,
+    pooled_moment,
+    shrink,
+    squared_derivatives,
+)
 
+PER_TOKEN = 7.0
 TOKENS, HIDDEN, INNER, EXPERTS, CHOSEN = 60, 12, 10, 5, 2
 
 
@@ -24,6 +32,10 @@ def random_layer(seed: int) -> tuple[Routing, dict[str, Tensor]]:
         "down_proj": torch.randn(EXPERTS, HIDDEN, INNER, generator=generator),
     }
     return Routing(inputs, chosen, torch.rand(TOKENS, CHOSEN, generator=generator) + 0.1), weights
+
+
+def mean_of(squares: Squares) -> Squares:
+    return Squares({proj: rows.mean() for proj, rows in squares.sums.items()}, squares.mass.mean())
 
 
 def test_moments_are_sums_over_routed_tokens_weighted_by_the_squared_router_weight(seed: int) -> None:
@@ -65,29 +77,29 @@ def test_shrinking_keeps_the_trace_and_mixes_by_tokens(pool: bool, seed: int) ->
     routing, weights = random_layer(seed)
     moments, _ = expert_moments(routing, range(EXPERTS), weights)
     pooled = pooled_moment(routing, torch.device("cpu")) if pool else None
-    shrunk = shrink(moments, 30.0, pooled)
+    shrunk = shrink(moments, 30.0, PER_TOKEN, pooled)
     for at in range(EXPERTS - 1):
         own, n = moments.sums[at], float(moments.tokens[at])
         target = torch.diag(own.diagonal()) if pooled is None else pooled * own.trace() / pooled.trace()
         torch.testing.assert_close(shrunk[at], (n * own + 30 * target) / (n + 30), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(shrunk[at].trace(), own.trace())
-    torch.testing.assert_close(shrink(moments, 0.0, pooled)[:-1], moments.sums[:-1])
+    torch.testing.assert_close(shrink(moments, 0.0, PER_TOKEN, pooled)[:-1], moments.sums[:-1])
 
 
 @pytest.mark.parametrize("pool", [True, False])
 def test_an_expert_without_tokens_still_gets_a_usable_hessian(pool: bool, seed: int) -> None:
     routing, weights = random_layer(seed)
     moments, _ = expert_moments(routing, range(EXPERTS), weights)
-    shrunk = shrink(moments, 30.0, pooled_moment(routing, torch.device("cpu")) if pool else None)[-1]
+    shrunk = shrink(moments, 30.0, PER_TOKEN, pooled_moment(routing, torch.device("cpu")) if pool else None)[-1]
     assert moments.tokens[-1] == 0
-    assert 0 < shrunk.trace() < moments.sums.diagonal(dim1=1, dim2=2).sum() / moments.tokens.sum()
+    torch.testing.assert_close(float(shrunk.trace()), PER_TOKEN / 2)
     assert torch.linalg.eigvalsh(shrunk.double()).min() > -1e-9
 
 
 def test_sensitivity_is_the_mean_squared_derivative_per_squared_router_weight(seed: int) -> None:
     routing, weights = random_layer(seed)
     gradient = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(seed))
-    found = sensitivities(routing, gradient, range(EXPERTS), weights)
+    found = squared_derivatives(routing, gradient, range(EXPERTS), weights)
     squares = {proj: torch.zeros(EXPERTS, weights[proj].shape[1]) for proj in weights}
     mass = torch.zeros(EXPERTS, 1)
     for expert in range(EXPERTS):
@@ -102,15 +114,20 @@ def test_sensitivity_is_the_mean_squared_derivative_per_squared_router_weight(se
             for proj, derivative in zip(extra, derivatives, strict=True):
                 squares[proj][expert] += derivative**2
             mass[expert] += w**2
-    prior = mass.mean() / 1000  # the batch's mean counts as a thousandth of a mean expert's tokens
+    torch.testing.assert_close(found.mass, mass[:, 0], rtol=1e-4, atol=1e-5)
     for proj, sums in squares.items():
-        wanted = (sums + prior * sums.mean() / mass.mean()) / (mass + prior)
-        torch.testing.assert_close(found[proj], wanted, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(found.sums[proj], sums, rtol=1e-3, atol=1e-3)
+    mean = mean_of(found)
+    prior = mean.mass / 1000  # a mean expert counts as a thousandth of its tokens
+    for proj, rows in found.sensitivities(mean).items():
+        wanted = (squares[proj] + prior * mean.sums[proj] / mean.mass) / (mass + prior)
+        torch.testing.assert_close(rows, wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_an_expert_without_tokens_gets_the_mean_sensitivity(seed: int) -> None:
     routing, weights = random_layer(seed)
     gradient = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(seed))
-    for rows in sensitivities(routing, gradient, range(EXPERTS), weights).values():
+    found = squared_derivatives(routing, gradient, range(EXPERTS), weights)
+    for rows in found.sensitivities(mean_of(found)).values():
         assert rows[-1].isfinite().all()
         assert rows[:-1].min() <= rows[-1].mean() <= rows[:-1].max()

@@ -29,6 +29,9 @@ class Origin:
         calibration: Name of the calibration file.
         tokens: Calibration tokens.
         predictions: Those whose prediction counts.
+        experts: Routed experts of the parent.
+        unseen: Those without a calibration token: their codes follow the layer's statistics alone.
+        zeros: Projections that are all 0, of pruned experts: they are encoded exactly.
         seed: Of all random choices.
         version: Of the encoder.
     """
@@ -38,6 +41,9 @@ class Origin:
     calibration: str
     tokens: int
     predictions: int
+    experts: int
+    unseen: int
+    zeros: int
     seed: int
     version: str
 
@@ -83,6 +89,8 @@ large linear layers in 4 bit (GPTQ, group 128); the rest as in the parent. Serve
 | bytes in all | {total:,} |
 | allocation cost | {plan.cost:.3g} |
 | calibration | {origin.calibration}: {origin.tokens:,} tokens, {origin.predictions:,} predictions |
+| experts without a calibration token | {origin.unseen:,} of {origin.experts:,} |
+| projections that are all 0 | {origin.zeros:,} of {3 * origin.experts:,} |
 | encoder | vqserve {origin.version}, seed {origin.seed} |
 
 ## Scores

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class Parent:
         module = experts_module(layer)
         return {proj: self.tensor(expert_tensor(module, expert, proj, "weight")) for proj in PROJECTIONS}
 
-    def experts(self, layer: int, experts: range, device: torch.device) -> dict[str, Tensor]:
+    def experts(self, layer: int, experts: Sequence[int], device: torch.device) -> dict[str, Tensor]:
         """The three projections of several routed experts: float32 `[B, R, C]` on a device."""
         found = [self.expert(layer, expert) for expert in experts]
         return {proj: torch.stack([expert[proj] for expert in found]).to(device, torch.float32) for proj in PROJECTIONS}

@@ -30,7 +30,7 @@ from vqserve.format.names import codebook_name, experts_module, layer_of, parse_
 LONGEST = 2048
 """Calibration sequences are cut to so many tokens (or the model's `index_topk`, if less)."""
 FILE_SIZE = 4 * 2**30
-STEPS_VERSION = 2
+STEPS_VERSION = 3
 """Part of the work folder's key: raised when a step's results change."""
 _WORK = "work"
 _TABLES = ("costs", "errors")
@@ -111,6 +111,7 @@ def encode(
             calibration=calibration.name,
             tokens=len(tokens.ids),
             predictions=predictions,
+            **_counts(job),
             seed=seed,
             version=__version__,
         )
@@ -125,11 +126,13 @@ def _run_steps(job: Job, workers: int | None, progress: bool) -> None:
     work, layers, moe = job.work, job.parent.geometry.num_hidden_layers, job.parent.geometry.moe_layers
     gradients = [at for at in reversed(moe) if not work.has(f"gradient-{at}")]
     books = [d for d in steps.WIDTHS if not work.has(f"codebooks-{d}")]
+    priors = [at for at in moe if not work.has(f"prior-{at}")]
     chunks = [chunk for chunk in job.chunks if not work.has(chunk_name(*chunk))]
     stages: list[tuple[str, list[Step], int | None]] = [
         ("survey", [partial(steps.survey, job, at) for at in range(steps.first_to_survey(job), layers)], 1),
         ("sensitivity", [partial(steps.gradient, job, at) for at in gradients], 1),
         ("codebooks", [partial(steps.codebooks, job, d) for d in books], workers),
+        ("priors", [partial(steps.prior, job, at) for at in priors], workers),
         ("experts", [partial(steps.experts, job, *chunk) for chunk in chunks], workers),
     ]
     with (
@@ -167,6 +170,19 @@ def _one_thread_each(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _counts(job: Job) -> dict[str, int]:
+    """What the model card says about experts that calibration or pruning left empty."""
+    found = [
+        (job.work.tensor(chunk_name(*chunk), "tokens"), job.work.tensor(chunk_name(*chunk), "zeros"))
+        for chunk in job.chunks
+    ]
+    return {
+        "experts": sum(len(tokens) for tokens, _ in found),
+        "unseen": sum(int((tokens == 0).sum()) for tokens, _ in found),
+        "zeros": sum(int(zeros.sum()) for _, zeros in found),
+    }
 
 
 def tables(job: Job) -> tuple[Table, Table]:

@@ -10,7 +10,7 @@ diagonal 0.0126, 0.0427, 0.0352.)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from vqserve.format.config import PROJECTIONS
+
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,11 @@ class Moments:
     sums: Tensor
     tokens: Tensor
 
+    @property
+    def traces(self) -> Tensor:
+        """float32 `[B]`."""
+        return self.sums.diagonal(dim1=-2, dim2=-1).sum(-1)
+
     def __add__(self, other: Moments) -> Moments:
         return Moments(self.sums + other.sums, self.tokens + other.tokens)
 
@@ -68,7 +75,7 @@ Weights = Mapping[str, Tensor]
 """Projections of a batch of experts by name, float32 `[B, R, C]`."""
 
 
-def expert_moments(routing: Routing, experts: range, weights: Weights) -> tuple[Moments, Moments]:
+def expert_moments(routing: Routing, experts: Sequence[int], weights: Weights) -> tuple[Moments, Moments]:
     """Moments of the inputs of gate and up, and of the inputs of down, of a batch of experts."""
     device = weights["gate_proj"].device
     outer: list[Tensor] = []
@@ -94,12 +101,13 @@ def pooled_moment(routing: Routing, device: torch.device) -> Tensor:
     return total
 
 
-def shrink(moments: Moments, strength: Tensor | float, pooled: Tensor | None = None) -> Tensor:
+def shrink(moments: Moments, strength: float, per_token: float, pooled: Tensor | None = None) -> Tensor:
     """n/(n+m) H + m/(n+m) target, the target scaled to H's trace.
 
     Args:
         moments: n and H of a batch of experts.
-        strength: m, in tokens, `[B]` or the same for all.
+        strength: m, in tokens.
+        per_token: Trace that a token of this layer adds to H, on average.
         pooled: Target, float32 `[C, C]`; the diagonal of each H itself if None.
 
     Returns:
@@ -107,33 +115,55 @@ def shrink(moments: Moments, strength: Tensor | float, pooled: Tensor | None = N
         there is no pooled target): it still needs codes, and in the allocation hardly counts.
     """
     width = moments.sums.shape[-1]
-    trace = moments.sums.diagonal(dim1=-2, dim2=-1).sum(-1)
-    per_token = trace.sum() / moments.tokens.sum().clamp_min(1)
-    trace = torch.where(moments.tokens > 0, trace, per_token / 2)
+    trace = torch.where(moments.tokens > 0, moments.traces, per_token / 2)
     if pooled is None:
         target = torch.diag_embed(moments.sums.diagonal(dim1=-2, dim2=-1))
         empty = torch.eye(width, device=trace.device) * (trace / width)[:, None, None]
         target = torch.where((moments.tokens > 0)[:, None, None], target, empty)
     else:
-        target = pooled * (trace / pooled.trace())[:, None, None]
-    own = moments.tokens / (moments.tokens + torch.as_tensor(strength)).clamp_min(torch.finfo(torch.float32).tiny)
+        target = pooled * (trace / pooled.trace().clamp_min(_TINY))[:, None, None]
+    own = moments.tokens / (moments.tokens + strength).clamp_min(_TINY)
     return own[:, None, None] * moments.sums + (1 - own)[:, None, None] * target
 
 
-def sensitivities(routing: Routing, gradient: Tensor, experts: range, weights: Weights) -> dict[str, Tensor]:
-    """How much an error of each row's output matters, per unit of H.
+@dataclass(frozen=True)
+class Squares:
+    """Squared derivatives of the log-likelihood, summed over the tokens routed to each of a batch of experts.
 
-    The mean over routed tokens of (d log-likelihood / d row output)^2, divided by w^2, because H carries w^2 already:
-    routing frequency then enters the product g * dW H dW' once, through H.
+    Attributes:
+        sums: By projection, with respect to each row's output, float32 `[B, R]`.
+        mass: Squared router weights, float32 `[B]`.
+    """
+
+    sums: Mapping[str, Tensor]
+    mass: Tensor
+
+    def sensitivities(self, mean: Squares) -> dict[str, Tensor]:
+        """How much an error of each row's output matters, per unit of H.
+
+        The mean over routed tokens of (d log-likelihood / d row output)^2, divided by w^2, because H carries w^2
+        already: routing frequency then enters the product g * dW H dW' once, through H.
+
+        Args:
+            mean: Of an expert of this layer, `[]` each; it counts as one token in a thousand of its own, so that an
+                expert without tokens gets it alone.
+
+        Returns:
+            By projection, float32 `[B, R]`.
+        """
+        prior = (mean.mass / 1000).clamp_min(1e-30)
+        usual = {proj: square / mean.mass.clamp_min(1e-30) for proj, square in mean.sums.items()}
+        return {proj: (rows + prior * usual[proj]) / (self.mass[:, None] + prior) for proj, rows in self.sums.items()}
+
+
+def squared_derivatives(routing: Routing, gradient: Tensor, experts: Sequence[int], weights: Weights) -> Squares:
+    """Sums over routed tokens of (d log-likelihood / d row output)^2.
 
     Args:
         routing: Of the tokens that `gradient` covers.
         gradient: Of the log-likelihood with respect to the layer's outputs, `[T, C]` (see `forward.fisher_gradient`).
         experts: The batch.
         weights: Of the batch.
-
-    Returns:
-        By projection, float32 `[B, R]`.
     """
     device = weights["gate_proj"].device
     squares: dict[str, list[Tensor]] = {proj: [] for proj in PROJECTIONS}
@@ -148,14 +178,7 @@ def sensitivities(routing: Routing, gradient: Tensor, experts: range, weights: W
         squares["up_proj"].append((inner * silu(gate)).square().sum(0))
         squares["gate_proj"].append((inner * up * sigmoid * (1 + gate * (1 - sigmoid))).square().sum(0))
         mass.append(scale.square().sum())
-    total = torch.stack(mass)[:, None]
-    return {proj: _towards_mean(torch.stack(rows), total) for proj, rows in squares.items()}
-
-
-def _towards_mean(squares: Tensor, mass: Tensor) -> Tensor:
-    """Quotient, with the batch's mean as one token in a thousand: an expert without tokens gets that alone."""
-    prior = (mass.mean() / 1000).clamp_min(1e-30)
-    return (squares + prior * squares.mean() / mass.mean().clamp_min(1e-30)) / (mass + prior)
+    return Squares({proj: torch.stack(rows) for proj, rows in squares.items()}, torch.stack(mass))
 
 
 def _intermediate(inputs: Tensor, weights: Weights, at: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,6 +3,7 @@
 - `survey`, layer by layer: routing, a sample of normalized weights, the 4-bit spine, the next layer's inputs.
 - `gradient`, backwards, layer by layer: how the log-likelihood changes with each layer's outputs.
 - `codebooks`, once, from all layers' samples.
+- `prior`, once a layer: what its experts have in common.
 - `experts`, in any order, any number at once: a few experts of one layer in every tier.
 """
 
@@ -173,12 +174,25 @@ def load_codebooks(work: Work) -> dict[str, Codebook]:
     }
 
 
+def prior(job: Job, layer: int) -> None:
+    """Saves what the experts of a layer have in common."""
+    routing, outer = _seen(job, layer)
+    probe = load_codebooks(job.work)[experts_step.PROBE]
+    at_once = EXPERTS_AT_ONCE[job.device.type]
+    found = experts_step.learn_prior(job.parent, layer, routing, outer, probe, job.device, at_once)
+    job.work.save(f"prior-{layer}", found.to_tensors())
+
+
 def state_problem(job: Job, layer: int, experts: range) -> experts_step.Problem:
     """The statistics of a few experts, from the results of the other steps."""
-    routing = Routing(**job.work.load(f"routing-{layer}"))
-    outer = job.work.load(f"gradient-{layer}")["gradient"]
-    books = load_codebooks(job.work)
-    return experts_step.state_problem(job.parent, layer, experts, routing, outer, books, job.device)
+    routing, outer = _seen(job, layer)
+    found = experts_step.Prior.from_tensors(job.work.load(f"prior-{layer}"), job.device)
+    return experts_step.state_problem(job.parent, layer, experts, routing, outer, found, job.device)
+
+
+def _seen(job: Job, layer: int) -> tuple[Routing, Tensor]:
+    """What the experts of a layer are given, and the gradient with respect to its outputs."""
+    return Routing(**job.work.load(f"routing-{layer}")), job.work.load(f"gradient-{layer}")["gradient"]
 
 
 def experts(job: Job, layer: int, chosen: range) -> None:
