@@ -104,7 +104,17 @@ def test_gpus_are_checked_only_where_their_memory_is_known() -> None:
         check_gpus(plan, 4096, passed, [needed, needed])
     with pytest.raises(UsageError, match=r"--gpu-memory-utilization 0\.92"):
         check_gpus(plan, 4096, ["--gpu-memory-utilization"], [needed, needed])
-    assert all(total > 0 for total in gpu_bytes())
+
+
+def test_memory_of_gpus_is_what_the_drivers_tool_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Stands for the tool where there is no GPU: two cards, and one whose memory it does not tell.
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu_bytes() == []
+    tool = tmp_path / "nvidia-smi"
+    for script, totals in (("echo 97887; echo 97887; echo '[N/A]'", [97887 << 20] * 2), ("echo 1; exit 9", [])):
+        tool.write_text(f"#!/bin/sh\n{script}\n", encoding="ascii")
+        tool.chmod(0o755)
+        assert gpu_bytes() == totals
 
 
 def test_serve_refuses_before_it_loads(

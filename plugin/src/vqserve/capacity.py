@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 
 from vqserve.format.errors import UsageError
@@ -20,6 +20,8 @@ RANK_BYTES = 1 * GIB
 
 _UTILIZATION = 0.92
 """vLLM's default of `--gpu-memory-utilization`."""
+
+_TOOL_SECONDS = 30
 
 
 def check_cpu(plan: Memory, context: int, kv_gib: int, available: int) -> None:
@@ -128,17 +130,14 @@ def _read(path: Path) -> str:
 
 
 def gpu_bytes() -> list[int]:
-    """Memory of every GPU as NVML knows it; empty where `pynvml` or the driver is missing."""
+    """Memory of every GPU as the driver's own tool says; empty where there is none, or where it fails."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
-        nvml = import_module("pynvml")
-    except ModuleNotFoundError:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_TOOL_SECONDS)
+    except (OSError, subprocess.SubprocessError):
         return []
-    try:
-        nvml.nvmlInit()
-        handles = [nvml.nvmlDeviceGetHandleByIndex(at) for at in range(nvml.nvmlDeviceGetCount())]
-        return [int(nvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in handles]
-    except nvml.NVMLError:
-        return []
+    lines = [line.strip() for line in done.stdout.splitlines()]
+    return [int(line) * 2**20 for line in lines if line.isdecimal()]
 
 
 def _gib(size: int) -> str:
