@@ -69,11 +69,14 @@ def test_multi_token_prediction_is_not_loaded(real: dict[str, Any]) -> None:
     assert memory(real).weights == memory(without).weights
 
 
-def test_a_cpu_holds_embeddings_and_head_twice() -> None:
+def test_a_cpu_holds_embeddings_and_head_twice_where_it_packs_them() -> None:
     cuda, cpu = memory(ENCODED).weights.split, memory(ENCODED, platform="cpu").weights.split
     assert {part: size // cuda[part] for part, size in cpu.items()} == {
         part: 2 if part in ("embeddings", "lm_head") else 1 for part in cuda
     }
+    assert memory(ENCODED, platform="cpu", avx512=False).weights.split == cuda
+    full = memory(ENCODED, platform="cpu", avx512=False, element_bytes=4).weights.split
+    assert full == memory(ENCODED, platform="cpu", element_bytes=4).weights.split
 
 
 def test_float32_doubles_what_is_not_quantized_and_the_cache() -> None:

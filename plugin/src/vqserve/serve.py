@@ -92,10 +92,12 @@ class Cpu:
     Attributes:
         spine: Whether the 4-bit layers stay packed.
         dtype: Of weights and activations: float32, or vLLM's choice.
+        avx512: Whether it has AVX-512, and so which of its libraries vLLM takes.
     """
 
     spine: Spine
     dtype: Literal["auto", "float32"]
+    avx512: bool
 
 
 def find_cpu() -> Cpu:
@@ -117,7 +119,8 @@ def find_cpu() -> Cpu:
     spine = wanted_spine() or ("packed" if fast else "dequantized")
     if spine == "packed" and not can.get("avx512_f"):
         raise UsageError(f"{SPINE}=packed: vLLM has no 4-bit GEMM for CPUs without AVX-512; unset it")
-    return Cpu(spine, "float32" if spine == "dequantized" and not fast else "auto")
+    dtype: Literal["auto", "float32"] = "float32" if spine == "dequantized" and not fast else "auto"
+    return Cpu(spine, dtype, bool(can.get("avx512_f")))
 
 
 def check_vllm() -> str:
@@ -199,6 +202,7 @@ def check_memory(
         whole_experts=bool(_WHOLE_EXPERTS.intersection(args.passed)),
         dequantized_spine=cpu is not None and cpu.spine == "dequantized",
         element_bytes=4 if cpu and cpu.dtype == "float32" else 2,
+        avx512=cpu is not None and cpu.avx512,
         specs=checkpoint.specs if isinstance(checkpoint, Checkpoint) else None,
     )
     tokens = context(args, checkpoint.geometry)

@@ -8,12 +8,12 @@ What a rank holds is what vLLM's model classes build (`models/deepseek_v2.py`, o
   to heads or to an MLP's width. Whole on every rank are the query and key compressions, the indexer, router and norms.
 - 4-bit layers keep `qweight` and `scales`; the zero points, all alike, are dropped.
 - `kv_b_proj` is held once: the absorbed `W_UK_T` and `W_UV` of MLA are views of it, since it is not quantized.
-- On CPUs the embeddings and the head are held twice: vLLM keeps them beside what it packs for oneDNN, even embeddings
-  that it never multiplies by.
+- On CPUs the embeddings and the head are held twice: vLLM keeps them beside what it packs for oneDNN, even embeddings,
+  which it never multiplies by. Only oneDNN's bfloat16 needs AVX-512: without it nothing is packed.
 - Multi-token-prediction layers are not loaded, the indexer's weights only with sparse attention.
 
 CPU weights and KV bytes, with dense attention, are held against a running vLLM by `tests/vllm_plugin/test_memory.py`;
-those of CUDA are the same code's, read and not measured.
+those of CUDA are the same code's, read and not measured, and so are those of CPUs with AMX, where vLLM packs otherwise.
 """
 
 from __future__ import annotations
@@ -135,6 +135,7 @@ def memory(
     whole_experts: bool = False,
     dequantized_spine: bool = False,
     element_bytes: int = ELEMENT_BYTES,
+    avx512: bool = True,
     specs: Mapping[str, TensorSpec] | None = None,
 ) -> Memory:
     """What the fullest of `ranks` ranks needs.
@@ -148,6 +149,7 @@ def memory(
         whole_experts: Whether the ranks share the experts out (expert parallelism) instead of splitting each.
         dequantized_spine: Whether the 4-bit layers are dequantized at load, as on CPUs without AVX-512.
         element_bytes: Bytes of a value that is not quantized: 4 for a model served in float32, else 2.
+        avx512: Whether a CPU has AVX-512.
         specs: What `checkpoint_specs` makes of `config`, where it is known: of a real model it takes seconds.
 
     Raises:
@@ -156,7 +158,8 @@ def memory(
     """
     geometry, quant = Geometry.from_dict(config), _quant(config)
     check_shardable(geometry, ranks, quant.spine, whole_experts=whole_experts)
-    form = _Form(geometry, platform, element_bytes, dequantized_spine)
+    packed_too = platform == "cpu" and (avx512 or element_bytes == DTYPE_BYTES["F32"])
+    form = _Form(geometry, element_bytes, dequantized_spine, packed_too)
     if specs is None:
         specs = checkpoint_specs(config) if quant.modules else parent_specs(geometry)
     split, whole = _besides_vq(specs, quant, attention, form)
@@ -192,12 +195,19 @@ def _index_token_bytes(geometry: Geometry) -> int:
 
 @dataclass(frozen=True)
 class _Form:
-    """In which form weights that are not vector-quantized are held; fields as the arguments of `memory`."""
+    """In which form weights that are not vector-quantized are held.
+
+    Attributes:
+        geometry: The model's sizes.
+        element_bytes: As `memory` takes it.
+        dequantized_spine: As `memory` takes it.
+        packed_too: Whether embeddings and head are kept beside their packed copies.
+    """
 
     geometry: Geometry
-    platform: Platform
     element_bytes: int
     dequantized_spine: bool
+    packed_too: bool
 
 
 def _besides_vq(
@@ -230,7 +240,7 @@ def _held_bytes(spec: TensorSpec, form: _Form) -> int:
         return elements * DTYPE_BYTES["F32"]
     if stem.endswith(("embed_tokens", "lm_head")):
         padded = -(-form.geometry.vocab_size // _VOCABULARY_BLOCK) * _VOCABULARY_BLOCK
-        copies = 2 if form.platform == "cpu" else 1
+        copies = 2 if form.packed_too else 1
         return copies * padded * form.geometry.hidden_size * form.element_bytes
     return elements * form.element_bytes
 
