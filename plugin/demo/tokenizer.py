@@ -49,17 +49,36 @@ SYSTEM_PROMPTS = ["You are a helpful assistant.", "簡潔に答えてくださ�
 
 CHAT_TEMPLATE = """\
 {%- if tools %}{{ raise_exception('this demo model was not trained to call tools') }}{% endif -%}
+{%- macro text(content) -%}
+{%- if content is string -%}{{ content }}
+{%- elif content is not none -%}
+{%- for part in content -%}
+{%- if part is string -%}{{ part }}
+{%- elif part.type == 'text' -%}{{ part.text }}
+{%- else -%}{{ raise_exception('unknown part of a message: ' ~ part.type ~ '; expected text') }}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
 [gMASK]<sop>
 {%- for message in messages -%}
-{%- if message.role == 'system' -%}<|system|>{{ message.content }}
-{%- elif message.role == 'user' -%}<|user|>{{ message.content }}
-{%- elif message.role == 'assistant' -%}<|assistant|></think>{{ message.content.split('</think>')[-1] }}
+{%- if message.role == 'system' -%}<|system|>{{ text(message.content) }}
+{%- elif message.role == 'user' -%}<|user|>{{ text(message.content) }}
+{%- elif message.role == 'assistant' -%}<|assistant|></think>{{ text(message.content).split('</think>')[-1] }}
 {%- else -%}{{ raise_exception('unknown role: ' ~ message.role ~ '; expected system, user or assistant') }}
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}<|assistant|>
-{%- if enable_thinking is defined and not enable_thinking -%}</think>{%- else -%}<think>{%- endif -%}
+{%- set unsaid = (thinking is not defined or thinking is none)
+        and (enable_thinking is not defined or enable_thinking is none) -%}
+{%- if unsaid or thinking or enable_thinking -%}<think>{%- else -%}</think>{%- endif -%}
 {%- endif -%}"""
+"""Messages as strings or as parts, parts joined without a separator as in GLM's own template.
+
+It thinks unless it is told not to, in the very words that vLLM's parser goes by (see "thinking switches" in
+vqserve.vllm_plugin's WORKAROUNDS.md): neither switch given or both null means yes, else either one of them does.
+Thinking of earlier answers is dropped, whether it comes inside their content or beside it.
+"""
 
 
 def _characters() -> list[str]:
@@ -109,7 +128,9 @@ def save(folder: Path) -> None:
         "padding_side": "left",
     }
     stops = stop_ids()
-    generation = {"eos_token_id": stops, "pad_token_id": stops[0], "temperature": 0.0, "do_sample": False}
+    # Greedy but for ties, and yet sampling: at temperature 0 vLLM refuses requests for several answers (`n`), and with
+    # top_k 1 a request's own temperature would do nothing. This is the lowest above 0 that vLLM takes.
+    generation = {"eos_token_id": stops, "pad_token_id": stops[0], "do_sample": True, "temperature": 0.01}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE + "\n", encoding="utf-8")

@@ -60,7 +60,8 @@ def serving(model: Path, folder: Path, *options: str, **variables: str) -> Itera
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
     try:
-        yield Server(process, log, url, OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=120))
+        with OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=120) as client:
+            yield Server(process, log, url, client)
     finally:
         process.send_signal(signal.SIGTERM)
         try:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+from argparse import Namespace
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,7 @@ def app(tmp_path: Path) -> FastAPI:
     app = FastAPI()
     app.add_api_route("/v1/chat/completions", lambda: "answer", methods=["POST"])
     app.add_api_route("/health", lambda: "healthy", methods=["GET"])
+    app.state.args = Namespace(api_key=None)
     ReadinessPlugin().attach_router(app)
     app.state.vqserve_readiness = Readiness(tmp_path, right, lambda: False)
     return app

@@ -59,7 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--warm-up-seconds", type=positive, metavar="N", help="how long until /ready gives up (default: 600)"
     )
     parser.add_argument("--print", action="store_true", help="show environment and arguments, start nothing")
-    parser.epilog = "The API key, if any, is read from the environment variable VLLM_API_KEY."
+    parser.epilog = (
+        "The API key, if any, is read from the environment variable VLLM_API_KEY. Every route wants it but "
+        "/health, /ping, /ready, /metrics, /version, /load and, from this machine alone, /drain."
+    )
 
 
 def run(args: argparse.Namespace) -> int:

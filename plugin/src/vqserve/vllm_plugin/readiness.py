@@ -11,8 +11,9 @@
 | `draining` | from `POST /drain` on, which only clients on this machine may send | served |
 | `draining` | from SIGTERM or SIGINT on: running requests are finished, then the server ends | 503 |
 
-Neither path is guarded by vLLM's API key: probes have none. `/drain` is there because a load balancer takes seconds to
-follow `/ready`: whoever stops a server asks for the drain, waits that long, and then sends SIGTERM.
+Neither path wants the API key: probes have none (`guard` asks for it elsewhere). `/drain` is there because a load
+balancer takes seconds to follow `/ready`: whoever stops a server asks for the drain, waits that long, and then sends
+SIGTERM.
 
 All that vLLM is told of is an endpoint plugin. It adds the routes and an ASGI middleware; that sees the server start,
 when vLLM has registered its signal handlers, and chains ours before them. The warm-up asks the object that vLLM's own
@@ -45,11 +46,10 @@ from vllm.tasks import SupportedTask
 from vqserve.format.errors import CheckpointError
 from vqserve.format.known_answers import KnownAnswer, read_known_answers
 from vqserve.settings import WARM_UP_SECONDS
+from vqserve.vllm_plugin.guard import Guard, is_probe, keys_of
 from vqserve.vllm_plugin.warm_up import Ask, Reply, WarmUpError, warm_up
 
 _RETRY_SECONDS = 5
-# First parts of the paths that a stopping server still answers: they look at the server and ask no model.
-_OPEN = frozenset({"ready", "drain", "health", "ping", "metrics", "version", "load"})
 
 logger = init_logger("vllm.vqserve")  # vLLM prints what is logged under its own name, and nothing else
 
@@ -147,7 +147,7 @@ class Gate:
         readiness = _of(scope["app"])
         if scope["type"] == "lifespan":
             readiness.start()
-        elif readiness.stopping and _first_part(scope) not in _OPEN:
+        elif readiness.stopping and not is_probe(scope):
             await _refusal(readiness.state()[1])(scope, receive, send)
             return
         await self._app(scope, receive, send)
@@ -161,6 +161,8 @@ class ReadinessPlugin:
 
     def attach_router(self, app: FastAPI) -> None:
         app.add_middleware(Gate)
+        if keys := keys_of(app.state.args):
+            app.add_middleware(Guard, tokens=keys)
         app.add_api_route("/ready", ready, methods=["GET"])
         app.add_api_route("/drain", drain, methods=["POST"])
 
@@ -225,11 +227,6 @@ def _seconds() -> float:
         return float(text)
     except ValueError:
         raise WarmUpError(f"{WARM_UP_SECONDS}={text}: expected a number of seconds; set it, or unset it") from None
-
-
-def _first_part(scope: Scope) -> str:
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", "")).lstrip("/").partition("/")[0]
 
 
 def _refusal(reason: str) -> JSONResponse:
