@@ -237,3 +237,40 @@ def register_again() -> tuple[str, int]:
     load_general_plugins()
     register()
     return get_quantization_config("vqserve").__name__, QUANTIZATION_METHODS.count("vqserve")
+
+
+def memory_of_ranks(engine: Any) -> list[tuple[int, int, int]]:
+    """Bytes that each rank holds of weights, of KV cache per token, and of KV cache in all."""
+    held: list[tuple[int, int, int]] = engine.collective_rpc(_memory_of_rank)
+    return held
+
+
+def _memory_of_rank(worker: Any) -> tuple[int, int, int]:
+    runner = worker.model_runner
+    [blocks] = {cache.shape[0] for cache in runner.kv_caches}
+    cached = sum(_storages(runner.kv_caches).values())
+    weights = _weight_bytes(runner.model, set(_storages(runner.kv_caches)))
+    return weights, cached // (blocks * worker.vllm_config.cache_config.block_size), cached
+
+
+def _storages(tensors: Iterable[object]) -> dict[int, int]:
+    """Bytes of every storage by its address, once, whatever shares it."""
+    storages = (tensor.untyped_storage() for tensor in tensors if isinstance(tensor, Tensor))
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+def _weight_bytes(model: torch.nn.Module, others: set[int]) -> int:
+    """Bytes of all tensors of a model but `others`, and of the copies that oneDNN keeps outside of torch."""
+    from vllm._custom_ops import CPUDNNLGEMMHandler
+
+    held: dict[int, int] = {}
+    packed = 0
+    for module in model.modules():
+        # vLLM keeps the packed weight where only the closure of the layer's product can see it.
+        cells = getattr(vars(module).get("cpu_linear"), "__closure__", None) or ()
+        values = [cell.cell_contents for cell in cells]
+        held |= _storages([*module.parameters(recurse=False), *module.buffers(recurse=False), *vars(module).values()])
+        held |= _storages(values)
+        elements = [value.n * value.k for value in values if isinstance(value, CPUDNNLGEMMHandler)]
+        packed += sum(elements) * next(model.parameters()).element_size()
+    return packed + sum(size for address, size in held.items() if address not in others)

@@ -12,6 +12,7 @@ from vqserve.format.errors import CheckpointError, UsageError
 
 COMMANDS = {
     "encode": ("vqserve.encode.command", "quantize a bf16 checkpoint"),
+    "inspect": ("vqserve.checkpoint.inspect", "show what a checkpoint holds: tiers, bits per weight, bytes"),
     "verify": ("vqserve.checkpoint.verify", "check all of a checkpoint that can be checked without running it"),
     "plan": ("vqserve.checkpoint.plan", "show whether a model fits on the GPUs, and with how long a context"),
     "card": ("vqserve.checkpoint.card", "write measured scores into a checkpoint's model card"),

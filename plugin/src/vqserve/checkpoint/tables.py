@@ -20,12 +20,14 @@ PLAIN_WIDTH = 120
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Prints a table, the first column to the left and the others to the right."""
-    table = Table(title=title, title_justify="left")
+    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, markup=False, highlight=False)
+    console.print(title)  # a title of the table's own would be broken to its width
+    table = Table()
     for at, column in enumerate(columns):
         table.add_column(column, no_wrap=True, justify="right" if at else "left")
     for row in rows:
         table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, markup=False, highlight=False).print(table)
+    console.print(table)
 
 
 def gib(size: int) -> str:

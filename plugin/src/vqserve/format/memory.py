@@ -8,10 +8,12 @@ What a rank holds is what vLLM's model classes build (`models/deepseek_v2.py`, o
   to heads or to an MLP's width. Whole on every rank are the query and key compressions, the indexer, router and norms.
 - 4-bit layers keep `qweight` and `scales`; the zero points, all alike, are dropped.
 - `kv_b_proj` is held once: the absorbed `W_UK_T` and `W_UV` of MLA are views of it, since it is not quantized.
+- On CPUs the embeddings and the head are held twice: vLLM keeps them beside what it packs for oneDNN, even embeddings,
+  which it never multiplies by. Only oneDNN's bfloat16 needs AVX-512: without it nothing is packed.
 - Multi-token-prediction layers are not loaded, the indexer's weights only with sparse attention.
 
 CPU weights and KV bytes, with dense attention, are held against a running vLLM by `tests/vllm_plugin/test_memory.py`;
-those of CUDA are the same code's, read and not measured.
+those of CUDA are the same code's, read and not measured, and so are those of CPUs with AMX, where vLLM packs otherwise.
 """
 
 from __future__ import annotations
@@ -24,7 +26,14 @@ from typing import Any, Literal
 from vqserve.format.config import QuantConfig, VQModule
 from vqserve.format.flat import flat_layout
 from vqserve.format.geometry import Geometry
-from vqserve.format.layout import DTYPE_BYTES, TensorSpec, check_shardable, checkpoint_specs, codebook_specs
+from vqserve.format.layout import (
+    DTYPE_BYTES,
+    TensorSpec,
+    check_shardable,
+    checkpoint_specs,
+    codebook_specs,
+    parent_specs,
+)
 from vqserve.format.names import layer_of, parse_expert_tensor
 from vqserve.format.tiers import GROUP, SCALE_BYTES
 
@@ -33,7 +42,7 @@ Platform = Literal["cpu", "cuda"]
 ATTENTIONS: tuple[Attention, ...] = ("dense", "sparse")
 
 ELEMENT_BYTES = 2
-"""Bytes of a weight or a cached value that is not quantized: vLLM serves in bfloat16 or float16."""
+"""Bytes of a weight or a cached value that is not quantized, in bfloat16 and float16; in float32, on CPUs, 4."""
 
 SPARSE_TOKEN_BYTES = 656
 """`fp8_ds_mla`, which sparse attention caches per layer and token: 512 fp8, 4 scales in fp32, 64 rotary in bf16."""
@@ -44,7 +53,6 @@ _PREFILL_ROWS = 64 * 1024
 sequences (1024 on GPUs from 70 GiB) reaches whatever the context."""
 _INDEX_ROWS = 40
 """Keys that the indexer's prefill buffer holds per token of `--max-model-len` up to 256 Ki: 5 x (576 x 2 // 132)."""
-
 
 _VOCABULARY_BLOCK = 64
 _NIBBLES = 8
@@ -80,6 +88,7 @@ class Memory:
         ranks: Over how many ranks it is split.
         weights: What the fullest rank holds.
         reserve: Bytes for the CUDA context, NCCL and activations.
+        element_bytes: Bytes of a value that is not quantized.
     """
 
     geometry: Geometry
@@ -88,11 +97,12 @@ class Memory:
     ranks: int
     weights: Weights
     reserve: int = 0
+    element_bytes: int = ELEMENT_BYTES
 
     @property
     def token_bytes(self) -> int:
         """Bytes of KV cache per token; no rank is spared any."""
-        return kv_bytes(self.geometry, self.attention)
+        return kv_bytes(self.geometry, self.attention, self.element_bytes)
 
     def buffers(self, tokens: int) -> int:
         """Bytes of the buffers that prefill works in, at a context of `tokens`."""
@@ -103,7 +113,7 @@ class Memory:
         heads = self.geometry.num_attention_heads // self.ranks
         latent = self.geometry.kv_lora_rank + self.geometry.qk_rope_head_dim
         expanded = heads * (self.geometry.qk_nope_head_dim + self.geometry.v_head_dim)
-        return _PREFILL_ROWS * (latent + expanded) * ELEMENT_BYTES
+        return _PREFILL_ROWS * (latent + expanded) * self.element_bytes
 
     def needed(self, tokens: int) -> int:
         """Bytes that serving one context of `tokens` takes."""
@@ -124,41 +134,58 @@ def memory(
     reserve: int = 0,
     whole_experts: bool = False,
     dequantized_spine: bool = False,
+    element_bytes: int = ELEMENT_BYTES,
+    avx512: bool = True,
+    specs: Mapping[str, TensorSpec] | None = None,
 ) -> Memory:
     """What the fullest of `ranks` ranks needs.
 
     Args:
-        config: A parsed `config.json` with its `quantization_config`.
+        config: A parsed `config.json`, with its `quantization_config` if it has one.
         ranks: Tensor-parallel size.
         attention: Dense or sparse.
         platform: Where it runs.
         reserve: Bytes for what is neither weights nor KV cache nor prefill's buffers.
         whole_experts: Whether the ranks share the experts out (expert parallelism) instead of splitting each.
         dequantized_spine: Whether the 4-bit layers are dequantized at load, as on CPUs without AVX-512.
+        element_bytes: Bytes of a value that is not quantized: 4 for a model served in float32, else 2.
+        avx512: Whether a CPU has AVX-512.
+        specs: What `checkpoint_specs` makes of `config`, where it is known: of a real model it takes seconds.
 
     Raises:
         ConfigError: The configuration is not valid.
         UsageError: The model does not split over so many ranks.
     """
-    geometry, quant = Geometry.from_dict(config), QuantConfig.from_dict(config.get("quantization_config"))
+    geometry, quant = Geometry.from_dict(config), _quant(config)
     check_shardable(geometry, ranks, quant.spine, whole_experts=whole_experts)
-    split, whole = _besides_vq(config, quant, attention, dequantized_spine)
+    packed_too = platform == "cpu" and (avx512 or element_bytes == DTYPE_BYTES["F32"])
+    form = _Form(geometry, element_bytes, dequantized_spine, packed_too)
+    if specs is None:
+        specs = checkpoint_specs(config) if quant.modules else parent_specs(geometry)
+    split, whole = _besides_vq(specs, quant, attention, form)
     split = Counter({part: -(-size // ranks) for part, size in split.items()})
     modules = [module for module in quant.modules if module.name in geometry.experts_modules]
     planes = [_planes(modules, geometry, rank, ranks, whole_experts) for rank in range(ranks)]
     fullest = max(planes, key=Counter.total)
     split += fullest
     whole["experts: codebooks"] = sum(spec.nbytes for module in modules for spec in codebook_specs(module))
-    whole["rotary table"] = geometry.max_position_embeddings * geometry.qk_rope_head_dim * ELEMENT_BYTES
-    return Memory(geometry, attention, platform, ranks, Weights(dict(split), dict(whole)), reserve)
+    whole["rotary table"] = geometry.max_position_embeddings * geometry.qk_rope_head_dim * element_bytes
+    weights = Weights(dict(split), {part: size for part, size in whole.items() if size})
+    return Memory(geometry, attention, platform, ranks, weights, reserve, element_bytes)
 
 
-def kv_bytes(geometry: Geometry, attention: Attention) -> int:
+def kv_bytes(geometry: Geometry, attention: Attention, element_bytes: int = ELEMENT_BYTES) -> int:
     """Bytes of KV cache per token on every rank: MLA caches one latent for all heads, so nothing is split."""
     if attention == "dense":
-        return geometry.num_hidden_layers * (geometry.kv_lora_rank + geometry.qk_rope_head_dim) * ELEMENT_BYTES
+        return geometry.num_hidden_layers * (geometry.kv_lora_rank + geometry.qk_rope_head_dim) * element_bytes
     full = sum(map(geometry.has_indexer, range(geometry.num_hidden_layers)))
     return geometry.num_hidden_layers * SPARSE_TOKEN_BYTES + full * _index_token_bytes(geometry)
+
+
+def _quant(config: Mapping[str, Any]) -> QuantConfig:
+    """How the checkpoint is stored: an unquantized parent has no module and no 4-bit layer."""
+    stored = config.get("quantization_config")
+    return QuantConfig(()) if stored is None else QuantConfig.from_dict(stored)
 
 
 def _index_token_bytes(geometry: Geometry) -> int:
@@ -166,37 +193,56 @@ def _index_token_bytes(geometry: Geometry) -> int:
     return geometry.index_head_dim + 4 * (geometry.index_head_dim // GROUP)
 
 
+@dataclass(frozen=True)
+class _Form:
+    """In which form weights that are not vector-quantized are held.
+
+    Attributes:
+        geometry: The model's sizes.
+        element_bytes: As `memory` takes it.
+        dequantized_spine: As `memory` takes it.
+        packed_too: Whether embeddings and head are kept beside their packed copies.
+    """
+
+    geometry: Geometry
+    element_bytes: int
+    dequantized_spine: bool
+    packed_too: bool
+
+
 def _besides_vq(
-    config: Mapping[str, Any], quant: QuantConfig, attention: Attention, dequantized: bool
+    specs: Mapping[str, TensorSpec], quant: QuantConfig, attention: Attention, form: _Form
 ) -> tuple[Counter[str], Counter[str]]:
     """Bytes by part of all but the vector-quantized experts: what ranks split, in sum, and what each holds whole."""
-    geometry, vq = Geometry.from_dict(config), {module.name for module in quant.modules}
+    geometry, vq = form.geometry, {module.name for module in quant.modules}
     split: Counter[str] = Counter()
     whole: Counter[str] = Counter()
-    for spec in checkpoint_specs(config).values():
+    for spec in specs.values():
         expert = parse_expert_tensor(spec.name)
         if (expert and expert.module in vq) or ".routed_experts." in spec.name:
             continue
         if layer_of(spec.name) in geometry.mtp_layers or (".indexer." in spec.name and attention == "dense"):
             continue
         into = split if spec.name.split(".")[-2] in _SPLIT else whole
-        into["experts: not quantized" if expert else _part(spec.name)] += _held_bytes(spec, geometry, dequantized)
+        into["experts: not quantized" if expert else _part(spec.name)] += _held_bytes(spec, form)
     return split, whole
 
 
-def _held_bytes(spec: TensorSpec, geometry: Geometry, dequantized: bool) -> int:
+def _held_bytes(spec: TensorSpec, form: _Form) -> int:
     """Bytes of a stored tensor, over all ranks it is split over, once it is loaded."""
     stem, _, part = spec.name.rpartition(".")
-    if part == "qzeros" or (dequantized and part == "scales"):
+    if part == "qzeros" or (form.dequantized_spine and part == "scales"):
         return 0
-    if part in ("qweight", "scales"):
-        return spec.nbytes // DTYPE_BYTES["I32"] * _NIBBLES * ELEMENT_BYTES if dequantized else spec.nbytes
-    if part == "e_score_correction_bias" or ".k_norm" in stem:
-        return spec.nbytes // DTYPE_BYTES[spec.dtype] * DTYPE_BYTES["F32"]
     elements = spec.nbytes // DTYPE_BYTES[spec.dtype]
+    if part in ("qweight", "scales"):
+        return elements * _NIBBLES * form.element_bytes if form.dequantized_spine else spec.nbytes
+    if part == "e_score_correction_bias" or ".k_norm" in stem:
+        return elements * DTYPE_BYTES["F32"]
     if stem.endswith(("embed_tokens", "lm_head")):
-        elements = -(-geometry.vocab_size // _VOCABULARY_BLOCK) * _VOCABULARY_BLOCK * geometry.hidden_size
-    return elements * ELEMENT_BYTES
+        padded = -(-form.geometry.vocab_size // _VOCABULARY_BLOCK) * _VOCABULARY_BLOCK
+        copies = 2 if form.packed_too else 1
+        return copies * padded * form.geometry.hidden_size * form.element_bytes
+    return elements * form.element_bytes
 
 
 def _part(name: str) -> str:
