@@ -60,7 +60,7 @@ def _run(kernel: ModuleType, routed: tuple[Tensor, ...], experts: Experts, exper
 
 @KERNELS
 @pytest.mark.parametrize("dtype", LIMIT, ids=str)
-@pytest.mark.parametrize("tokens", [1, 3, *([] if INTERPRETED else [17, 64, 513])])
+@pytest.mark.parametrize("tokens", [1, 2] if INTERPRETED else [1, 3, 17, 64, 513])
 def test_the_sum_is_the_references_to_rounding(kernel: ModuleType, dtype: torch.dtype, tokens: int, seed: int) -> None:
     experts, routed = _experts(seed), _routed(seed, tokens, dtype)
     expected = reference_moe(routed[0].float(), *routed[1:], experts)
@@ -69,7 +69,7 @@ def test_the_sum_is_the_references_to_rounding(kernel: ModuleType, dtype: torch.
 
 @KERNELS
 def test_two_runs_give_the_same_bits(kernel: ModuleType, seed: int) -> None:
-    experts, routed = _experts(seed), _routed(seed, 3, torch.bfloat16)
+    experts, routed = _experts(seed), _routed(seed, 1 if INTERPRETED else 3, torch.bfloat16)
     assert torch.equal(_run(kernel, routed, experts), _run(kernel, routed, experts))
 
 
@@ -116,10 +116,10 @@ def test_a_small_workspace_gives_the_same_bits(seed: int, monkeypatch: pytest.Mo
     assert torch.equal(_run(prefill, routed, experts), whole)
 
 
-@settings(max_examples=5 if INTERPRETED else 100)
+@settings(max_examples=4 if INTERPRETED else 100)
 @given(
     seed=st.integers(0, 2**31),
-    tokens=st.integers(0, 3 if INTERPRETED else 600),
+    tokens=st.integers(0, 2 if INTERPRETED else 600),
     top_k=st.integers(1, 8),
     dtype=st.sampled_from([torch.float16, torch.bfloat16]),
     long=st.booleans(),
