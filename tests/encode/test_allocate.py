@@ -89,8 +89,20 @@ def test_items_that_cost_nothing_get_no_bytes() -> None:
     assert allocate(costs, sizes, int(sizes.min(1).sum() * 1.5))[7] == 0
 
 
-def test_a_real_models_size_takes_seconds() -> None:
+def dual_bound(costs: NDArray[np.float64], sizes: NDArray[np.int64], budget: int) -> float:
+    """No choice within the budget costs less: the best of the Lagrangian's lower bounds."""
+    low, high = 0.0, float(np.ptp(costs) * 10)
+    for _ in range(200):
+        price = (low + high) / 2
+        over = np.take_along_axis(sizes, (costs + price * sizes).argmin(1)[:, None], 1).sum() > budget
+        low, high = (price, high) if over else (low, price)
+    return float((costs + high * sizes).min(1).sum() - high * budget)
+
+
+def test_at_a_real_models_size_the_choice_is_as_cheap_as_any_can_be() -> None:
     costs, sizes = random_instance(2, 57_600, equal=True)
     budget = int(sizes.sum() / 4 * 0.9)
     chosen = allocate(costs, sizes, budget)
     assert total(sizes, chosen) <= budget
+    bound = dual_bound(costs, sizes, budget)
+    assert bound * (1 - 1e-9) <= total(costs, chosen) <= bound * (1 + 1e-4)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from seeds import FIXED
 from vqserve.encode.assign import Lookup, choose, factorize, sweep
 from vqserve.encode.scales import initial_scales, row_errors
 from vqserve.encode.vq import encode_matrices
@@ -130,6 +131,7 @@ def test_columns_that_no_input_ever_reached_are_no_obstacle() -> None:
     assert encoded.scales.isfinite().all()
 
 
+@FIXED
 def test_metric_beats_the_euclidean_choice_where_few_channels_dominate(seed: int) -> None:
     weight, hessian = random_problem(seed, outliers=20.0)
     codebook = random_codebook(TIERS["a"], seed)
@@ -139,6 +141,7 @@ def test_metric_beats_the_euclidean_choice_where_few_channels_dominate(seed: int
     assert metric.errors.sum() < 0.9 * euclidean.errors.sum()
 
 
+@FIXED
 def test_compensation_beats_rounding_each_weight_by_itself(seed: int) -> None:
     weight, hessian = random_problem(seed)
     codebook, scales = random_codebook(TIERS["c"], seed), initial_scales(weight)

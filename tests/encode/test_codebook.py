@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from seeds import FIXED
 from vqserve.encode.codebook import fit_codebooks, nearest, normalized_vectors, symmetric_kmeans
 from vqserve.format.tiers import TIERS
 from vqserve.reference.dequantize import Codebook
@@ -48,6 +49,7 @@ def test_codewords_are_the_weighted_means_of_the_vectors_they_serve(seed: int) -
         torch.testing.assert_close(word, mean, rtol=0, atol=0.05)  # the last few steps of k-means are small, not zero
 
 
+@FIXED
 def test_heavier_vectors_draw_the_codewords(seed: int) -> None:
     vectors, _, generator = sample(seed, 20_000, 4)
     heavy = vectors[:, 0] > 0.5
@@ -57,6 +59,7 @@ def test_heavier_vectors_draw_the_codewords(seed: int) -> None:
     assert weighted_error(vectors[heavy], ones, uneven) < 0.9 * weighted_error(vectors[heavy], ones, even)
 
 
+@FIXED
 def test_symmetry_costs_nothing_against_plain_kmeans(seed: int) -> None:
     vectors, counts, generator = sample(seed, 20_000, 4)
     both, twice = torch.cat([vectors, -vectors]), torch.cat([counts, counts])
@@ -71,6 +74,7 @@ def test_symmetry_costs_nothing_against_plain_kmeans(seed: int) -> None:
     assert weighted_error(vectors, counts, found) < 1.02 * weighted_error(vectors, counts, free)
 
 
+@FIXED
 @pytest.mark.parametrize(("d", "plain", "additive"), [(8, "a", "b"), (4, "c", "d")])
 def test_alternating_fit_beats_a_refinement_put_on_top(d: int, plain: str, additive: str, seed: int) -> None:
     vectors, counts, generator = sample(seed, 20_000, d)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from seeds import FIXED
 from vqserve.encode.codebook import fit_codebooks, normalized_vectors
 from vqserve.encode.experts import STRENGTHS, Problem, encode_experts, held_out_losses
 from vqserve.encode.statistics import Moments
@@ -35,6 +36,7 @@ def strength(losses: Tensor) -> float:
     return STRENGTHS[int(losses.argmin())] * INNER
 
 
+@FIXED
 def test_shrinkage_is_strong_towards_a_true_pool_and_weak_towards_a_false_one(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     mixing, other = torch.randn(2, INNER, INNER, generator=generator)

@@ -9,6 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from random_parent import CONFIG
+from seeds import FIXED
 from vqserve.encode.card import Origin, model_card
 from vqserve.encode.plan import Plan, byte_budget, make_plan
 from vqserve.format.card import with_scores
@@ -43,12 +44,14 @@ def test_the_plan_spends_the_budget_and_no_byte_more(bits: float, seed: int) -> 
     assert bits - 0.5 / np.prod(SHAPE) < found.bits <= bits, "what is left cannot raise one projection by half a bit"
 
 
+@FIXED
 def test_every_tier_is_reached_when_costs_are_uneven(seed: int) -> None:
     found = plan(seed, 2.0).config
     assert set("".join(letters for module in found.modules for letters in module.tiers.values())) == set(TIERS)
     assert QuantConfig.from_dict(found.to_dict()) == found
 
 
+@FIXED
 def test_costlier_projections_get_no_smaller_a_tier(seed: int) -> None:
     costs = random_costs(seed)
     modules = make_plan(GEOMETRY, 2.25, costs, costs, predictions=900).config.modules

@@ -25,8 +25,9 @@ pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 KERNELS = pytest.mark.parametrize("kernel", [decode, prefill], ids=["decode", "prefill"])
-# Rounding of the result to its dtype, mostly. The interpreter cuts bf16 off where a GPU rounds: twice the error.
-LIMIT = {torch.float32: 1e-3, torch.float16: 1e-3, torch.bfloat16: 4e-3 if INTERPRETED else 2e-3}
+# Rounding of the result to its dtype, mostly; of fp32, prefill's rounding of activations and h to tf32 (measured: up to
+# 1.0e-3 on an H100). The interpreter cuts bf16 off where a GPU rounds: twice the error.
+LIMIT = {torch.float32: 2e-3, torch.float16: 1e-3, torch.bfloat16: 4e-3 if INTERPRETED else 2e-3}
 gpu_only = pytest.mark.skipif(INTERPRETED, reason="the interpreter has no CUDA graphs, and many tokens take it minutes")
 
 

@@ -73,7 +73,8 @@ class VQServeConfig(QuantizationConfig):
             CheckpointError: The configuration or a tensor is not what the format calls for.
         """
         assert hf_config is not None, "vLLM 0.32 always passes it"
-        self.geometry = Geometry.from_dict(hf_config.to_dict())
+        # `vqserve serve` overrides the architecture, to have dense attention.
+        self.geometry = Geometry.from_dict({**hf_config.to_dict(), "architectures": None})
         folder = Path(model_name)
         if any(folder.glob("*.safetensors")):  # not so for `--load-format dummy` on a configuration alone
             check_checkpoint(folder, digests=False)
