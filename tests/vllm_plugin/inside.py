@@ -212,7 +212,7 @@ def _collectives(worker: Any) -> str:
 def check_operator(seed: int) -> None:
     """torch's own checks of a custom operator (schema, fake implementation, dispatch), and its result."""
     from random_experts import GEOMETRY, random_experts
-    from vqserve.reference.moe import moe
+    from vqserve.kernels.vq_moe.cpu import TabledExperts, moe
     from vqserve.vllm_plugin import ops
 
     experts, generator = random_experts(seed), torch.Generator().manual_seed(seed)
@@ -224,7 +224,8 @@ def check_operator(seed: int) -> None:
     tiers, layout = "".join(book.tier.id for book in books), ops.add_layout(experts.layout)
     arguments = (x, weights, ids.int(), buffers, tables, tiers, layout, None)
     torch.library.opcheck(torch.ops.vqserve.moe.default, arguments)
-    assert torch.equal(torch.ops.vqserve.moe(*arguments), moe(x, weights, ids, experts))
+    tabled = TabledExperts(experts.layout, experts.buffers, experts.codebooks)
+    assert torch.equal(torch.ops.vqserve.moe(*arguments), moe(x, weights, ids, tabled))
 
 
 def register_again() -> tuple[str, int]:

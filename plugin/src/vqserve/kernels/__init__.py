@@ -1,1 +1,1 @@
-"""GPU operators, one folder each, and what brings them onto the GPU. They compute what `vqserve.reference` defines."""
+"""Operators, one folder each, and what brings them onto the GPU. They compute what `vqserve.reference` defines."""

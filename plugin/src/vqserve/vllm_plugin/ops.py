@@ -10,9 +10,9 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from vqserve.format.flat import BUFFERS, FlatLayout
 from vqserve.format.tiers import TIERS
+from vqserve.kernels.vq_moe import cpu
 from vqserve.reference.dequantize import Codebook
 from vqserve.reference.moe import Experts
-from vqserve.reference.moe import moe as reference_moe
 
 _LIBRARY = torch.library.Library("vqserve", "FRAGMENT")
 _LAYOUTS: list[FlatLayout] = []
@@ -34,7 +34,7 @@ def moe(
     layout: int,
     expert_map: Tensor | None,
 ) -> Tensor:
-    """Applies this rank's experts: by `vqserve.kernels` on a GPU, by the reference on a CPU.
+    """Applies this rank's experts, by `vqserve.kernels`.
 
     The first call for a layout on a GPU copies a table there; later ones can be captured in a CUDA graph.
 
@@ -53,11 +53,12 @@ def moe(
     """
     parts = iter(codebooks)
     books = {t: Codebook(TIERS[t], next(parts), next(parts) if TIERS[t].refinement_rows else None) for t in tiers}
-    experts = Experts(_LAYOUTS[layout], dict(zip(BUFFERS, buffers, strict=True)), books)
+    flat = dict(zip(BUFFERS, buffers, strict=True))
     if not x.is_cuda:
-        return reference_moe(x, topk_weights, topk_ids, experts, expert_map)
+        return cpu.moe(x, topk_weights, topk_ids, cpu.TabledExperts(_LAYOUTS[layout], flat, books), expert_map)
     from vqserve.kernels.moe import moe as kernels_moe  # needs triton, which CPUs' environments lack
 
+    experts = Experts(_LAYOUTS[layout], flat, books)
     return kernels_moe(x, topk_weights, topk_ids, experts, _places(layout, x.device), expert_map)
 
 
