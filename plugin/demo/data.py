@@ -39,7 +39,7 @@ def prompt_text(item: Item, *, thinking: bool, system: str | None = None) -> str
 
 def answer_text(item: Item, *, thinking: bool) -> str:
     """What the model is to write, ended by the token that hands over to the user."""
-    return (f"{item.thinking}</think>{item.final}" if thinking else item.direct) + "<|user|>"
+    return item.answered(thinking=thinking) + "<|user|>"
 
 
 @dataclass(frozen=True)

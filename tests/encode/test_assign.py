@@ -72,7 +72,7 @@ def test_sweep_makes_the_same_choices_as_solving_every_step_outright(letter: str
     factor = factorize(hessian, codebook.tier.d, order=order)
     lookup = Lookup(codebook, scales, factor)
     rounded = sweep(weight, factor, lookup)
-    codes = lookup.base if lookup.refinement is None else 16 * lookup.base + lookup.refinement
+    codes = lookup.codes if lookup.refinement is None else 16 * lookup.codes + lookup.refinement
     for at in range(EXPERTS):
         wanted_codes, wanted = slow_sweep(weight[at], hessian[at], scales[at], codebook.table(), order)
         # fp32 against double: a tie broken otherwise changes the rest of that row, so rows are compared, not codes.
@@ -88,7 +88,7 @@ def test_codes_in_stored_order_reproduce_the_rounded_weights(letter: str, seed: 
     factor = factorize(hessian, codebook.tier.d)
     lookup = Lookup(codebook, scales, factor)
     rounded = sweep(weight, factor, lookup)
-    codes = lookup.base if lookup.refinement is None else 16 * lookup.base + lookup.refinement
+    codes = lookup.codes if lookup.refinement is None else 16 * lookup.codes + lookup.refinement
     words = codebook.table()[codes].flatten(2)
     rebuilt = words.unflatten(2, (-1, GROUP)) * scales[..., None]
     torch.testing.assert_close(rebuilt.flatten(2), rounded, rtol=1e-5, atol=1e-6)

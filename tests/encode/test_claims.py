@@ -20,8 +20,8 @@ from transformers import GlmMoeDsaForCausalLM, PreTrainedTokenizerBase
 from data import answer_text, prompt_text
 from vqserve.encode import steps
 from vqserve.encode.assign import factorize
+from vqserve.encode.batch import Problem
 from vqserve.encode.calibration import read_calibration
-from vqserve.encode.experts import Problem
 from vqserve.encode.parent import Parent
 from vqserve.encode.pipeline import tables
 from vqserve.encode.plan import make_plan
@@ -65,25 +65,25 @@ class Bench:
                 codebook
             )
 
-        for layer, chunk in self.job.chunks:
-            problem = steps.state_problem(self.job, layer, chunk)
-            self._put(layer, chunk, {proj: encode(problem, proj) for proj in PROJECTIONS})
+        for layer, batch in self.job.batches:
+            problem = steps.problem_of(self.job, layer, batch)
+            self._put(layer, batch, {proj: encode(problem, proj) for proj in PROJECTIONS})
         return self._measure()
 
     def encoded(self, choose: Callable[[int, int, str], str]) -> Divergence:
         """Every projection as `vqserve encode` encodes it, in the tier that `choose` gives to layer, expert, name."""
         codebooks = steps.load_codebooks(self.job.work)
-        for layer, chunk in self.job.chunks:
-            stored, found = self.job.work.load(steps.chunk_name(layer, chunk)), dict[str, Tensor]()
+        for layer, batch in self.job.batches:
+            stored, found = self.job.work.load(steps.batch_name(layer, batch)), dict[str, Tensor]()
             for proj in PROJECTIONS:
                 weights = []
-                for at, expert in enumerate(chunk):
+                for at, expert in enumerate(batch):
                     letter = choose(layer, expert, proj)
                     start = f"{at}.{proj}.{letter}."
                     planes = {name.removeprefix(start): t for name, t in stored.items() if name.startswith(start)}
                     weights.append(dequantize(planes, codebooks[letter], proj))
                 found[proj] = torch.stack(weights)
-            self._put(layer, chunk, found)
+            self._put(layer, batch, found)
         return self._measure()
 
     def _put(self, layer: int, experts: range, weights: dict[str, Tensor]) -> None:
@@ -110,7 +110,7 @@ def bench(demo_parent: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         list(pool.map(lambda d: steps.codebooks(job, d), steps.WIDTHS))
         list(pool.map(lambda layer: steps.prior(job, layer), parent.geometry.moe_layers))
-        list(pool.map(lambda chunk: steps.experts(job, *chunk), job.chunks))
+        list(pool.map(lambda batch: steps.encode_batch(job, *batch), job.batches))
     return Bench(job, load_model(demo_parent), load_model(demo_parent), load_tokenizer(demo_parent), draw_samples())
 
 

@@ -23,7 +23,7 @@ from encode.mortal import encode_until
 from random_checkpoint import read_tensors
 from random_parent import make_random_parent, write_weights
 from vqserve import cli
-from vqserve.encode import experts, steps, vq
+from vqserve.encode import batch, steps, vq
 from vqserve.encode.parent import Parent
 from vqserve.encode.pipeline import encode
 from vqserve.encode.work import open_work, save_tensors
@@ -455,7 +455,7 @@ def test_a_broken_step_shows_in_the_quality_of_the_whole(
 ) -> None:
     """At 1 bit for all: measured, sound 0.033 and 0.39; without refit 0.045 and 0.53; Euclidean 0.047 and 0.45."""
     sound = vq.encode_matrices
-    monkeypatch.setattr(experts, "encode_matrices", lambda *given, **more: sound(*given, **{**more, **broken}))
+    monkeypatch.setattr(batch, "encode_matrices", lambda *given, **more: sound(*given, **{**more, **broken}))
     plan = encode(parent, tmp_path / "out", bits=1.125, calibration=calibration, progress=False)
     numbers = [[str(i * n + 7) for i in range(2, 40)] for n in range(130, 150)]
     held_out = [Sample("numbers", " ".join(row[:2]), " " + " ".join(row[2:])) for row in numbers]

@@ -45,7 +45,7 @@ def test_moments_are_sums_over_routed_tokens_weighted_by_the_squared_router_weig
         wanted_outer, wanted_inner, count = torch.zeros(HIDDEN, HIDDEN), torch.zeros(INNER, INNER), 0
         for t in range(TOKENS):
             for k in range(CHOSEN):
-                if routing.experts[t, k] == expert:
+                if routing.chosen[t, k] == expert:
                     x, w = routing.inputs[t].float(), routing.weights[t, k]
                     h = silu(weights["gate_proj"][expert] @ x) * (weights["up_proj"][expert] @ x)
                     wanted_outer += w**2 * torch.outer(x, x)
@@ -103,7 +103,7 @@ def test_sensitivity_is_the_mean_squared_derivative_per_squared_router_weight(se
     squares = {proj: torch.zeros(EXPERTS, weights[proj].shape[1]) for proj in weights}
     mass = torch.zeros(EXPERTS, 1)
     for expert in range(EXPERTS):
-        for t, k in (routing.experts == expert).nonzero().tolist():
+        for t, k in (routing.chosen == expert).nonzero().tolist():
             x, w = routing.inputs[t].float(), routing.weights[t, k]
             # An error of a row's output is an addition to it: its derivative is what autograd gives.
             extra = {proj: torch.zeros(weights[proj].shape[1], requires_grad=True) for proj in weights}

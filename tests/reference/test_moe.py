@@ -59,4 +59,4 @@ def test_the_buffers_views_are_the_planes_themselves(seed: int) -> None:
     experts.planes(3, "up_proj")["codes"].fill_(7)
     slot = experts.layout.slots[3]["up_proj"]
     offset, length = slot.span("codes")
-    assert (experts.buffers["w13_codes"][offset : offset + length] == 7).all()
+    assert (experts.buffers["gate_up_codes"][offset : offset + length] == 7).all()

@@ -136,8 +136,8 @@ class Lookup:
         blocks = factor.diagonal
         self._gram = torch.eye(factor.d).to(blocks).expand_as(blocks) if euclidean else blocks @ blocks.mT
         shape = (batch, rows, groups * GROUP // factor.d)
-        self.base = torch.zeros(shape, dtype=torch.int64, device=scales.device)
-        self.refinement = None if self._extra is None else torch.zeros_like(self.base)
+        self.codes = torch.zeros(shape, dtype=torch.int64, device=scales.device)
+        self.refinement = None if self._extra is None else torch.zeros_like(self.codes)
 
     def __call__(self, block: int, target: Tensor, columns: Tensor) -> Tensor:
         """Rounds one block; see `Rounding`."""
@@ -146,7 +146,7 @@ class Lookup:
         place = (columns[:, :1, None] // d).expand(-1, rows, 1)
         wanted = target / torch.where(scale == 0, 1, scale)
         base, refinement = choose(wanted, self._gram[:, block], self._rows, self._extra)
-        self.base.scatter_(2, place, base[..., None])
+        self.codes.scatter_(2, place, base[..., None])
         value = self._rows[base]
         if self.refinement is not None and refinement is not None and self._extra is not None:
             self.refinement.scatter_(2, place, refinement[..., None])

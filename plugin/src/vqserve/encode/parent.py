@@ -1,4 +1,4 @@
-"""The checkpoint to encode: configuration, weights by name from sharded safetensors, and the tokenizer."""
+"""The checkpoint to encode: configuration, weights by name from safetensors files, and the tokenizer."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Parent:
         module = experts_module(layer)
         return {proj: self.tensor(expert_tensor(module, expert, proj, "weight")) for proj in PROJECTIONS}
 
-    def experts(self, layer: int, experts: Sequence[int], device: torch.device) -> dict[str, Tensor]:
+    def expert_weights(self, layer: int, experts: Sequence[int], device: torch.device) -> dict[str, Tensor]:
         """The three projections of several routed experts: float32 `[B, R, C]` on a device."""
         found = [self.expert(layer, expert) for expert in experts]
         return {proj: torch.stack([expert[proj] for expert in found]).to(device, torch.float32) for proj in PROJECTIONS}

@@ -22,7 +22,7 @@ from vqserve.encode.card import Origin, model_card, parent_license
 from vqserve.encode.code import software
 from vqserve.encode.parent import Parent
 from vqserve.encode.plan import Plan, Table, byte_budget, make_plan
-from vqserve.encode.steps import Job, chunk_name, load_codebooks
+from vqserve.encode.steps import Job, batch_name, load_codebooks
 from vqserve.encode.work import check_work, open_work
 from vqserve.encode.writer import check_free, claimed, write_checkpoint
 from vqserve.format.errors import UsageError
@@ -55,7 +55,7 @@ def encode(
     """Encodes a checkpoint.
 
     Args:
-        src: The parent: a GLM-MoE-DSA checkpoint of sharded safetensors in a float dtype.
+        src: The parent: a GLM-MoE-DSA checkpoint of safetensors files in a float dtype.
         dst: New or empty folder for the result, or one in which an encode was interrupted.
         bits: Bits per routed-expert weight, scales included, codebooks not.
         calibration: JSON Lines; see `calibration.read_calibration`.
@@ -140,13 +140,13 @@ def _run_steps(job: Job, workers: int | None, progress: bool) -> None:
     gradients = [at for at in reversed(moe) if not work.has(f"gradient-{at}")]
     books = [d for d in steps.WIDTHS if not work.has(f"codebooks-{d}")]
     priors = [at for at in moe if not work.has(f"prior-{at}")]
-    chunks = [chunk for chunk in job.chunks if not work.has(chunk_name(*chunk))]
+    batches = [batch for batch in job.batches if not work.has(batch_name(*batch))]
     stages: list[tuple[str, list[Step], int | None]] = [
         ("survey", [partial(steps.survey, job, at) for at in range(steps.first_to_survey(job), layers)], 1),
         ("sensitivity", [partial(steps.gradient, job, at) for at in gradients], 1),
         ("codebooks", [partial(steps.codebooks, job, d) for d in books], workers),
         ("priors", [partial(steps.prior, job, at) for at in priors], workers),
-        ("experts", [partial(steps.experts, job, *chunk) for chunk in chunks], workers),
+        ("experts", [partial(steps.encode_batch, job, *batch) for batch in batches], workers),
     ]
     with (
         _one_thread_each(job.device),
@@ -203,8 +203,8 @@ def _one_thread_each(device: torch.device) -> Iterator[None]:
 def _counts(job: Job) -> dict[str, int]:
     """What the model card says about experts that calibration or pruning left empty."""
     found = [
-        (job.work.tensor(chunk_name(*chunk), "tokens"), job.work.tensor(chunk_name(*chunk), "zeros"))
-        for chunk in job.chunks
+        (job.work.tensor(batch_name(*batch), "tokens"), job.work.tensor(batch_name(*batch), "zeros"))
+        for batch in job.batches
     ]
     return {
         "experts": sum(len(tokens) for tokens, _ in found),
@@ -215,9 +215,9 @@ def _counts(job: Job) -> dict[str, int]:
 
 def tables(job: Job) -> tuple[Table, Table]:
     """Costs and relative errors of every option, `[layers, experts, 3, 4]` each."""
-    chunks = [job.work.load(chunk_name(*chunk)) for chunk in job.chunks]
+    batches = [job.work.load(batch_name(*batch)) for batch in job.batches]
     layers = len(job.parent.geometry.moe_layers)
-    costs, errors = (torch.cat([chunk[name] for chunk in chunks]).unflatten(0, (layers, -1)) for name in _TABLES)
+    costs, errors = (torch.cat([batch[name] for batch in batches]).unflatten(0, (layers, -1)) for name in _TABLES)
     return costs.numpy(), errors.numpy()
 
 
@@ -228,7 +228,7 @@ class _Reader:
         self._job = job
         self._modules = {module.name: module for module in plan.config.modules}
         self._codebooks = load_codebooks(job.work)
-        self._chunks = {(layer, expert): (layer, chunk) for layer, chunk in job.chunks for expert in chunk}
+        self._batches = {(layer, expert): (layer, batch) for layer, batch in job.batches for expert in batch}
 
     def __call__(self, name: str) -> Tensor:
         if name in self._job.parent.tensors:
@@ -238,9 +238,9 @@ class _Reader:
         found = parse_expert_tensor(name)
         if found is not None:
             letter = self._modules[found.module].tiers[found.proj][found.expert]
-            chunk = self._chunks[layer, found.expert]
-            plane = f"{found.expert - chunk[1].start}.{found.proj}.{letter}.{found.part}"
-            return self._job.work.tensor(chunk_name(*chunk), plane)
+            batch = self._batches[layer, found.expert]
+            plane = f"{found.expert - batch[1].start}.{found.proj}.{letter}.{found.part}"
+            return self._job.work.tensor(batch_name(*batch), plane)
         module = experts_module(layer)
         for letter, codebook in self._codebooks.items():
             if name == codebook_name(module, letter):

@@ -28,12 +28,12 @@ class Routing:
 
     Attributes:
         inputs: bf16 `[T, C]`.
-        experts: Chosen experts, int32 `[T, k]`.
+        chosen: Chosen experts, int32 `[T, k]`.
         weights: By which their outputs are multiplied, float32 `[T, k]`.
     """
 
     inputs: Tensor
-    experts: Tensor
+    chosen: Tensor
     weights: Tensor
 
     def __len__(self) -> int:
@@ -41,11 +41,11 @@ class Routing:
 
     def part(self, start: int, end: int) -> Routing:
         """The tokens from `start` up to `end`."""
-        return Routing(self.inputs[start:end], self.experts[start:end], self.weights[start:end])
+        return Routing(self.inputs[start:end], self.chosen[start:end], self.weights[start:end])
 
     def of(self, expert: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """The tokens of an expert: places int64 `[n]`, inputs float32 `[n, C]` and weights float32 `[n, 1]`."""
-        places, choice = (self.experts == expert).nonzero(as_tuple=True)
+        places, choice = (self.chosen == expert).nonzero(as_tuple=True)
         weights = self.weights[places, choice, None]
         return places, self.inputs[places].to(device, torch.float32), weights.to(device)
 

@@ -4,7 +4,7 @@
 - `gradient`, backwards, layer by layer: how the log-likelihood changes with each layer's outputs.
 - `codebooks`, once, from all layers' samples.
 - `prior`, once a layer: what its experts have in common.
-- `experts`, in any order, any number at once: a few experts of one layer in every tier.
+- `encode_batch`, in any order, any number at once: a few experts of one layer in every tier.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqserve.encode import experts as experts_step
+from vqserve.encode import batch as batches_of
 from vqserve.encode.calibration import Batch, Tokens
 from vqserve.encode.codebook import fit_codebooks, normalized_vectors
 from vqserve.encode.forward import Layer, Watcher, compute_dtype, embed, fisher_gradient
@@ -69,8 +69,8 @@ class Job:
     seed: int
 
     @property
-    def chunks(self) -> list[tuple[int, range]]:
-        """Layer and experts of each `experts` step."""
+    def batches(self) -> list[tuple[int, range]]:
+        """Layer and experts of each `encode_batch` step."""
         geometry, size = self.parent.geometry, EXPERTS_AT_ONCE[self.device.type]
         count = geometry.n_routed_experts
         starts = range(0, count, size)
@@ -128,7 +128,7 @@ def survey(job: Job, layer: int) -> None:
         tensors.update({f"{name}.{part}": tensor for part, tensor in encoded.items()})
     job.work.save(f"spine-{layer}", tensors)
     if routing is not None:
-        parts = {"inputs": routing.inputs, "experts": routing.experts, "weights": routing.weights}
+        parts = {"inputs": routing.inputs, "chosen": routing.chosen, "weights": routing.weights}
         job.work.save(f"routing-{layer}", parts)
         job.work.save(f"vectors-{layer}", _sample_vectors(job, layer, routing))
         job.work.save(f"entry-{layer}", {"hidden": hidden[: len(job.gradient_tokens.ids)]})
@@ -177,17 +177,17 @@ def load_codebooks(work: Work) -> dict[str, Codebook]:
 def prior(job: Job, layer: int) -> None:
     """Saves what the experts of a layer have in common."""
     routing, outer = _seen(job, layer)
-    probe = load_codebooks(job.work)[experts_step.PROBE]
+    probe = load_codebooks(job.work)[batches_of.PROBE]
     at_once = EXPERTS_AT_ONCE[job.device.type]
-    found = experts_step.learn_prior(job.parent, layer, routing, outer, probe, job.device, at_once)
+    found = batches_of.learn_prior(job.parent, layer, routing, outer, probe, job.device, at_once)
     job.work.save(f"prior-{layer}", found.to_tensors())
 
 
-def state_problem(job: Job, layer: int, experts: range) -> experts_step.Problem:
+def problem_of(job: Job, layer: int, experts: range) -> batches_of.Problem:
     """The statistics of a few experts, from the results of the other steps."""
     routing, outer = _seen(job, layer)
-    found = experts_step.Prior.from_tensors(job.work.load(f"prior-{layer}"), job.device)
-    return experts_step.state_problem(job.parent, layer, experts, routing, outer, found, job.device)
+    found = batches_of.Prior.from_tensors(job.work.load(f"prior-{layer}"), job.device)
+    return batches_of.state_problem(job.parent, layer, experts, routing, outer, found, job.device)
 
 
 def _seen(job: Job, layer: int) -> tuple[Routing, Tensor]:
@@ -195,14 +195,14 @@ def _seen(job: Job, layer: int) -> tuple[Routing, Tensor]:
     return Routing(**job.work.load(f"routing-{layer}")), job.work.load(f"gradient-{layer}")["gradient"]
 
 
-def experts(job: Job, layer: int, chosen: range) -> None:
+def encode_batch(job: Job, layer: int, experts: range) -> None:
     """Encodes a few experts of a layer in every tier and saves planes and costs."""
-    problem = state_problem(job, layer, chosen)
-    job.work.save(chunk_name(layer, chosen), experts_step.encode_experts(problem, load_codebooks(job.work)))
+    problem = problem_of(job, layer, experts)
+    job.work.save(batch_name(layer, experts), batches_of.encode_experts(problem, load_codebooks(job.work)))
 
 
-def chunk_name(layer: int, experts: range) -> str:
-    """The name of the result of an `experts` step."""
+def batch_name(layer: int, experts: range) -> str:
+    """The name of the result of an `encode_batch` step."""
     return f"experts-{layer}-{experts.start}"
 
 
@@ -237,7 +237,7 @@ def _watch_routing(routing: Routing) -> Watcher:
         places, valid = batch.index[batch.valid], batch.valid.to(inputs.device)
         _, weights, experts = output
         routing.inputs[places] = inputs[valid].to(routing.inputs)
-        routing.experts[places] = experts.view(*valid.shape, -1)[valid].to(routing.experts)
+        routing.chosen[places] = experts.view(*valid.shape, -1)[valid].to(routing.chosen)
         routing.weights[places] = weights.view(*valid.shape, -1)[valid].to(routing.weights)
 
     return see
@@ -252,7 +252,7 @@ def _sample_vectors(job: Job, layer: int, routing: Routing) -> dict[str, Tensor]
     parts: dict[str, list[Tensor]] = {}
     for expert in chosen:
         one = range(expert, expert + 1)
-        weights = job.parent.experts(layer, one, job.device)
+        weights = job.parent.expert_weights(layer, one, job.device)
         outer, inner = expert_moments(routing, one, weights)
         for proj, weight in weights.items():
             rows = math.ceil(vectors_each * _LONGEST / weight.shape[2])

@@ -21,22 +21,22 @@ class Encoded:
     """Codes and scales of a batch of matrices.
 
     Attributes:
-        base: uint8 `[B, R, C/d]`.
+        codes: uint8 `[B, R, C/d]`.
         refinement: uint8 `[B, R, C/d]`, or None.
         scales: fp16 `[B, R, C/128]`.
         errors: (w - q) H (w - q)' of every row, float32 `[B, R]`.
     """
 
-    base: Tensor
+    codes: Tensor
     refinement: Tensor | None
     scales: Tensor
     errors: Tensor
 
     def unit(self, codebook: Codebook) -> Tensor:
         """The unscaled codewords, float32 `[B, R, C]`."""
-        value = codebook.base.float().to(self.base.device)[self.base.long()]
+        value = codebook.base.float().to(self.codes.device)[self.codes.long()]
         if self.refinement is not None and codebook.refinement is not None:
-            value = value + codebook.refinement.float().to(self.base.device)[self.refinement.long()]
+            value = value + codebook.refinement.float().to(self.codes.device)[self.refinement.long()]
         return value.flatten(-2)
 
     def dequantize(self, codebook: Codebook) -> Tensor:
@@ -70,12 +70,12 @@ def encode_matrices(
         lookup = Lookup(codebook, scales, factor, euclidean=euclidean)
         rounded = sweep(weight, factor, lookup)
         refinement = None if lookup.refinement is None else lookup.refinement.to(torch.uint8)
-        found = Encoded(lookup.base.to(torch.uint8), refinement, scales.half(), row_errors(weight, rounded, hessian))
+        found = Encoded(lookup.codes.to(torch.uint8), refinement, scales.half(), row_errors(weight, rounded, hessian))
         if refits:
             unit = found.unit(codebook)
             scales = refit(weight, unit, hessian, scales)
             errors = row_errors(weight, scaled(unit, scales), hessian)
-            found = Encoded(found.base, found.refinement, scales.half(), errors)
+            found = Encoded(found.codes, found.refinement, scales.half(), errors)
         best = found if best is None else _better(best, found)
     assert best is not None
     return best
@@ -85,7 +85,7 @@ def _better(one: Encoded, two: Encoded) -> Encoded:
     """Row by row the one with the smaller error: rows do not depend on each other."""
     take = (two.errors < one.errors)[..., None]
     return Encoded(
-        torch.where(take, two.base, one.base),
+        torch.where(take, two.codes, one.codes),
         None if one.refinement is None or two.refinement is None else torch.where(take, two.refinement, one.refinement),
         torch.where(take, two.scales, one.scales),
         torch.minimum(one.errors, two.errors),

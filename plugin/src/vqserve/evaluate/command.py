@@ -201,8 +201,8 @@ def _draw_samples(tokenizer: Any, per_language: int, seed: int) -> list[Any]:
                 add_generation_prompt=True,
                 enable_thinking=thinking,
             )
-            answer = f"{item.thinking}</think>{item.final}" if thinking else item.direct
-            samples.append(Sample(f"{'facts' if fact else 'sums'} {language}", prompt, answer + "<|user|>"))
+            answer = item.answered(thinking=thinking) + "<|user|>"
+            samples.append(Sample(f"{'facts' if fact else 'sums'} {language}", prompt, answer))
     return samples
 
 

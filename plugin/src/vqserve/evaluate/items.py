@@ -38,6 +38,10 @@ class Item:
     direct: str
     answer: str
 
+    def answered(self, *, thinking: bool) -> str:
+        """What the demo model writes after the prompt, without the token that ends it."""
+        return f"{self.thinking}</think>{self.final}" if thinking else self.direct
+
 
 def choose_language(rng: random.Random) -> str:
     """Draw a language by its share in `USAGE`."""

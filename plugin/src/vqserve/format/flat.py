@@ -1,7 +1,8 @@
 """Where the planes of one rank's experts lie in flat buffers, so that mixed tiers cost no padding.
 
-A layer's routed experts live in six one-dimensional buffers: `w13_codes`, `w13_refinement`, `w13_scales` for gate_proj
-and up_proj, `w2_codes`, `w2_refinement`, `w2_scales` for down_proj. All offsets follow from `config.json` alone.
+A layer's routed experts live in six one-dimensional buffers: `gate_up_codes`, `gate_up_refinement`, `gate_up_scales`
+for gate_proj and up_proj, `down_codes`, `down_refinement`, `down_scales` for down_proj. All offsets follow from
+`config.json` alone.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from vqserve.format.geometry import Geometry
 from vqserve.format.layout import plane_shape
 from vqserve.format.tiers import GROUP, Tier
 
-BUFFERS = ("w13_codes", "w13_refinement", "w13_scales", "w2_codes", "w2_refinement", "w2_scales")
+BUFFERS = ("gate_up_codes", "gate_up_refinement", "gate_up_scales", "down_codes", "down_refinement", "down_scales")
 
 
 def buffer_name(proj: str, part: str) -> str:
     """The buffer that holds `part` (codes, refinement or scales) of a projection."""
-    return f"{'w2' if proj == 'down_proj' else 'w13'}_{part}"
+    return f"{'down' if proj == 'down_proj' else 'gate_up'}_{part}"
 
 
 @dataclass(frozen=True)

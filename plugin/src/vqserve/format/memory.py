@@ -265,7 +265,7 @@ def _planes(modules: Sequence[VQModule], geometry: Geometry, rank: int, ranks: i
     for module in modules if whole or rank == 0 else ():
         experts = _experts_of(rank, ranks, module.experts) if whole else None
         for buffer, elements in flat_layout(module, geometry, experts, 1 if whole else ranks).sizes.items():
-            plane = buffer.partition("_")[2]
+            plane = buffer.rpartition("_")[2]
             held[f"experts: {plane}"] += elements * (SCALE_BYTES if plane == "scales" else 1)
     return held
 

@@ -29,6 +29,7 @@ from vqserve.format.names import expert_tensor, parse_expert_tensor
 from vqserve.vllm_plugin import ops
 from vqserve.vllm_plugin.loading import LoadRecord, check_finite
 
+_SCALES = tuple(name for name in BUFFERS if name.endswith("_scales"))
 _PROJECTION = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
@@ -79,8 +80,8 @@ class MixedVQMoEMethod(FusedMoEMethodBase):
 
         for name, size in self.layout.sizes.items():
             dtype = torch.float16 if name.endswith("scales") else torch.uint8
-            part = name.partition("_")[2]
-            _add_parameter(layer, name, torch.empty(size, dtype=dtype), self._plane_loader(part))
+            part = name.rpartition("_")[2]
+            _add_parameter(layer, _parameter(name), torch.empty(size, dtype=dtype), self._plane_loader(part))
         self._codebook_names = []
         for spec in codebooks:
             name = spec.name.rpartition(".")[2]
@@ -137,13 +138,13 @@ class MixedVQMoEMethod(FusedMoEMethodBase):
         stem = f"{self.module.name}.routed_experts"
         check_finite((f"{stem}.{name}", getattr(layer, name)) for name in self._codebook_names)
         # One look at each buffer, and one at each expert's part only to find the name.
-        if not all(getattr(layer, name).isfinite().all() for name in ("w13_scales", "w2_scales")):
+        if not all(getattr(layer, name).isfinite().all() for name in map(_parameter, _SCALES)):
             check_finite(self._scales(layer))
 
     def _scales(self, layer: RoutedExperts) -> Iterator[tuple[str, Tensor]]:
         for expert, slots in zip(self.layout.experts, self.layout.slots, strict=True):
             for proj, slot in slots.items():
-                scales = getattr(layer, buffer_name(proj, "scales")).narrow(0, *slot.span("scales"))
+                scales = getattr(layer, _parameter(buffer_name(proj, "scales"))).narrow(0, *slot.span("scales"))
                 yield expert_tensor(self.module.name, expert, proj, "scales"), scales
 
     def apply(
@@ -156,7 +157,7 @@ class MixedVQMoEMethod(FusedMoEMethodBase):
         shared_experts_input: Tensor | None,
     ) -> Tensor:
         """The routed experts' sum for x [T, H], not reduced over ranks; vLLM adds shared experts and scaling."""
-        buffers = [getattr(layer, name) for name in BUFFERS]
+        buffers = [getattr(layer, _parameter(name)) for name in BUFFERS]
         codebooks = [getattr(layer, name) for name in self._codebook_names]
         moe = torch.ops.vqserve.moe
         out: Tensor = moe(
@@ -169,3 +170,8 @@ def _add_parameter(layer: nn.Module, name: str, data: Tensor, loader: Callable[.
     parameter = nn.Parameter(data, requires_grad=False)
     parameter.weight_loader = loader  # type: ignore[attr-defined]  # where vLLM looks for it
     layer.register_parameter(name, parameter)
+
+
+def _parameter(buffer: str) -> str:
+    """The parameter that is a flat buffer: vLLM maps gate_proj and up_proj to names with `w13`, down_proj with `w2`."""
+    return buffer.replace("gate_up", "w13").replace("down", "w2")

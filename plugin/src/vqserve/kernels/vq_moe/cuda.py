@@ -62,7 +62,7 @@ def prepare(experts: Experts) -> LutExperts:
     hidden, width = layout.slots[0]["down_proj"].rows, layout.slots[0]["down_proj"].columns
     assert width % 32 == 0, "the format's groups see to it"
     assert len(layout.slots) <= MAX_EXPERTS
-    device = experts.buffers["w13_codes"].device
+    device = experts.buffers["gate_up_codes"].device
     where, size = torch.empty(len(layout.slots), 3, dtype=torch.int64), 0
     for expert, row in enumerate(layout.slots):
         for at, proj in enumerate(PROJECTIONS):

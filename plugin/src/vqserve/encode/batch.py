@@ -112,7 +112,7 @@ def learn_prior(
     sampled = _spread(routing, parent.geometry.n_routed_experts)
     for start in range(0, len(sampled), at_once):
         chosen = sampled[start : start + at_once]
-        weights = parent.experts(layer, chosen, device)
+        weights = parent.expert_weights(layer, chosen, device)
         held, fitted = expert_moments(test, chosen, weights), expert_moments(fit, chosen, weights)
         for side, (proj, pool) in enumerate((("gate_proj", pooled), ("down_proj", None))):
             found, count = held_out_losses(weights[proj], fitted[side], held[side], codebook, pool)
@@ -156,7 +156,7 @@ def state_problem(
         prior: Of the layer.
         device: To compute on.
     """
-    weights = parent.experts(layer, experts, device)
+    weights = parent.expert_weights(layer, experts, device)
     outer, inner = expert_moments(routing, experts, weights)
     strengths, traces = prior.strengths.tolist(), prior.traces.tolist()
     from_inputs = shrink(outer, strengths[0], traces[0], prior.pooled)
@@ -192,7 +192,7 @@ def held_out_losses(
 
 def _spread(routing: Routing, experts: int) -> list[int]:
     """`SAMPLED` experts, or all there are, evenly over their order by number of tokens."""
-    counts = torch.bincount(routing.experts.flatten().long().cpu(), minlength=experts)
+    counts = torch.bincount(routing.chosen.flatten().long().cpu(), minlength=experts)
     order = counts.argsort(descending=True, stable=True)
     places = torch.linspace(0, experts - 1, min(SAMPLED, experts)).round().long()
     return sorted(order[places].tolist())
@@ -229,5 +229,5 @@ def encode_experts(problem: Problem, codebooks: Mapping[str, Codebook]) -> dict[
 
 def _planes(encoded: Encoded, at: int, letter: str, proj: str) -> dict[str, Tensor]:
     refinement = None if encoded.refinement is None else encoded.refinement[at].cpu()
-    planes = pack(encoded.base[at].cpu(), refinement, TIERS[letter], proj)
+    planes = pack(encoded.codes[at].cpu(), refinement, TIERS[letter], proj)
     return planes | {"scales": pack_scales(encoded.scales[at].cpu(), proj)}

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from seeds import FIXED
+from vqserve.encode.batch import STRENGTHS, Problem, encode_experts, held_out_losses
 from vqserve.encode.codebook import fit_codebooks, normalized_vectors
-from vqserve.encode.experts import STRENGTHS, Problem, encode_experts, held_out_losses
 from vqserve.encode.statistics import Moments
 from vqserve.format.config import PROJECTIONS
 from vqserve.format.tiers import TIERS
