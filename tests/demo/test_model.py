@@ -11,10 +11,10 @@ import torch
 from model import Model, Shape, export, hub_tensors
 from tokenizer import stop_ids
 from train import Trainer
-from vqserve.evaluate.load import load_model
 from vqserve.format.files import check_tensors, read_tensors
 from vqserve.format.geometry import Geometry
 from vqserve.format.layout import parent_specs
+from whole_model import load_model
 
 SMALL = Shape(vocab_size=96, hidden=128, layers=3, q_rank=32, kv_rank=64, dense_width=96, expert_width=128, experts=8)
 

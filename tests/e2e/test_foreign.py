@@ -19,9 +19,9 @@ from torch import Tensor
 from e2e.conftest import Server, serving, wait_for
 from random_parent import make_random_parent
 from vqserve.cli import main
-from vqserve.evaluate.load import load_model
 from vqserve.format.files import check_checkpoint, read_tensors
 from vqserve.format.names import layer_of
+from whole_model import load_model
 
 pytestmark = pytest.mark.e2e
 

@@ -10,19 +10,20 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from vqserve.encode.calibration import BATCH_TOKENS, Tokens, read_calibration
-from vqserve.encode.parent import Parent
+from vqserve.encode.calibration import read_calibration
 from vqserve.format.errors import UsageError
+from vqserve.model.tokens import BATCH_TOKENS, Tokens
+from vqserve.model.weights import open_tokenizer
 
 
 @pytest.fixture
 def tokenizer(random_parent: Path) -> PreTrainedTokenizerBase:
-    return Parent(random_parent).tokenizer()
+    return open_tokenizer(random_parent)
 
 
 @pytest.fixture
 def demo_tokenizer(demo_parent: Path) -> PreTrainedTokenizerBase:
-    return Parent(demo_parent).tokenizer()
+    return open_tokenizer(demo_parent)
 
 
 def write(folder: Path, *lines: object) -> Path:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import GlmMoeDsaForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from data import answer_text, prompt_text
 from vqserve.encode import steps
@@ -31,10 +31,10 @@ from vqserve.encode.work import Work
 from vqserve.evaluate import almanac, sums
 from vqserve.evaluate.items import LANGUAGES
 from vqserve.evaluate.kl import Divergence, Sample, divergence
-from vqserve.evaluate.load import load_model, load_tokenizer
 from vqserve.format.config import PROJECTIONS
-from vqserve.format.names import experts_module
+from vqserve.format.names import expert_tensor, experts_module
 from vqserve.format.tiers import TIERS
+from vqserve.model.weights import open_tokenizer
 from vqserve.reference.dequantize import dequantize
 
 PER_LANGUAGE = 40
@@ -44,13 +44,23 @@ CALIBRATION_TOKENS = 40_000
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
+class WithOtherExperts(Parent):
+    """A parent, some of whose weights are replaced."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.others: dict[str, Tensor] = {}
+
+    def tensor(self, name: str) -> Tensor:
+        return self.others[name] if name in self.others else super().tensor(name)
+
+
 @dataclass(frozen=True)
 class Bench:
-    """The demo's parent, everything known about it, and a model to put encoded experts into."""
+    """The demo's parent, everything known about it, and the same with other experts."""
 
     job: Job
-    original: GlmMoeDsaForCausalLM
-    model: GlmMoeDsaForCausalLM
+    model: WithOtherExperts
     tokenizer: PreTrainedTokenizerBase
     samples: list[Sample]
 
@@ -87,20 +97,21 @@ class Bench:
         return self._measure()
 
     def _put(self, layer: int, experts: range, weights: dict[str, Tensor]) -> None:
-        module = self.model.get_submodule(f"model.layers.{layer}.mlp.experts")
-        chosen = slice(experts.start, experts.stop)
-        module.get_parameter("gate_up_proj").data[chosen] = torch.cat([weights["gate_proj"], weights["up_proj"]], dim=1)
-        module.get_parameter("down_proj").data[chosen] = weights["down_proj"]
+        module = experts_module(layer)
+        for proj, found in weights.items():
+            for expert, weight in zip(experts, found, strict=True):
+                self.model.others[expert_tensor(module, expert, proj, "weight")] = weight
 
     def _measure(self) -> Divergence:
-        return divergence(self.original, self.model, self.tokenizer, self.samples)["all"]
+        return divergence(self.job.parent, self.model, self.tokenizer, self.samples)["all"]
 
 
 @pytest.fixture(scope="module")
 def bench(demo_parent: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """All steps of an encode, done."""
-    parent = Parent(demo_parent)
-    tokens, _ = read_calibration(demo_parent.with_name("calibration.jsonl"), parent.tokenizer(), longest=2048, seed=0)
+    parent, tokenizer = Parent(demo_parent), open_tokenizer(demo_parent)
+    calibration = demo_parent.with_name("calibration.jsonl")
+    tokens, _ = read_calibration(calibration, tokenizer, longest=2048, seed=0)
     tokens = tokens.head(CALIBRATION_TOKENS)
     job = Job(parent, tokens, Work(tmp_path_factory.mktemp("claims")), torch.device("cpu"), seed=0)
     for layer in range(parent.geometry.num_hidden_layers):
@@ -111,7 +122,7 @@ def bench(demo_parent: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
         list(pool.map(lambda d: steps.codebooks(job, d), steps.WIDTHS))
         list(pool.map(lambda layer: steps.prior(job, layer), parent.geometry.moe_layers))
         list(pool.map(lambda batch: steps.encode_batch(job, *batch), job.batches))
-    return Bench(job, load_model(demo_parent), load_model(demo_parent), load_tokenizer(demo_parent), draw_samples())
+    return Bench(job, WithOtherExperts(demo_parent), tokenizer, draw_samples())
 
 
 def draw_samples() -> list[Sample]:

@@ -29,13 +29,13 @@ from vqserve.encode.pipeline import encode
 from vqserve.encode.work import open_work, save_tensors
 from vqserve.encode.writer import MARKER, claimed
 from vqserve.evaluate.kl import Sample, divergence
-from vqserve.evaluate.load import load_model, load_tokenizer
 from vqserve.format.config import PROJECTIONS
 from vqserve.format.errors import UsageError
 from vqserve.format.files import check_checkpoint
 from vqserve.format.manifest import sha256_file
 from vqserve.format.names import codebook_name, expert_tensor
 from vqserve.format.tiers import TIERS
+from vqserve.model.weights import open_model, open_tokenizer
 from vqserve.reference.dequantize import Codebook, dequantize
 from vqserve.reference.gptq import dequantize_gptq
 
@@ -459,6 +459,6 @@ def test_a_broken_step_shows_in_the_quality_of_the_whole(
     plan = encode(parent, tmp_path / "out", bits=1.125, calibration=calibration, progress=False)
     numbers = [[str(i * n + 7) for i in range(2, 40)] for n in range(130, 150)]
     held_out = [Sample("numbers", " ".join(row[:2]), " " + " ".join(row[2:])) for row in numbers]
-    found = divergence(load_model(parent), load_model(tmp_path / "out"), load_tokenizer(parent), held_out)["all"]
+    found = divergence(open_model(parent), open_model(tmp_path / "out"), open_tokenizer(parent), held_out)["all"]
     assert (plan.errors.mean() > 0.039) == shows
     assert (found.mean > 0.42) == shows

@@ -27,6 +27,7 @@ from vqserve.encode.work import check_work, open_work
 from vqserve.encode.writer import check_free, claimed, write_checkpoint
 from vqserve.format.errors import UsageError
 from vqserve.format.names import codebook_name, experts_module, layer_of, parse_expert_tensor
+from vqserve.model.weights import open_tokenizer
 
 LONGEST = 2048
 """Calibration sequences are cut to so many tokens (or the model's `index_topk`, if less)."""
@@ -79,7 +80,7 @@ def encode(
     parent = Parent(src)
     byte_budget(parent.geometry, bits)
     longest = min(LONGEST, parent.geometry.index_topk)
-    tokens, report = read_calibration(calibration, parent.tokenizer(), longest=longest, seed=seed)
+    tokens, report = read_calibration(calibration, open_tokenizer(src), longest=longest, seed=seed)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if target.type == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch finds no CUDA GPU here; leave the option out, or install a CUDA build")
@@ -106,7 +107,7 @@ def encode(
         costs, errors = tables(job)
         predictions = int(tokens.predicts.sum())
         plan = make_plan(parent.geometry, bits, costs, errors, predictions)
-        config = parent.config | {"quantization_config": plan.config.to_dict()}
+        config = {**parent.config, "quantization_config": plan.config.to_dict()}
         if dropped:
             config["num_nextn_predict_layers"] = 0
         origin = Origin(

@@ -59,7 +59,7 @@ def make_plan(geometry: Geometry, bits: float, costs: Table, errors: Table, pred
     Args:
         geometry: The model's sizes.
         bits: Bits per routed-expert weight, scales included.
-        costs: Cost in nats over all calibration tokens (see `experts.encode_experts`), `[layers, experts, 3, 4]`.
+        costs: Cost in nats over all calibration tokens (see `batch.encode_experts`), `[layers, experts, 3, 4]`.
         errors: Relative output errors, likewise.
         predictions: Calibration tokens whose prediction counts.
 

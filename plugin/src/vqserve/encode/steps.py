@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from vqserve.encode import batch as batches_of
-from vqserve.encode.calibration import Batch, Tokens
 from vqserve.encode.codebook import fit_codebooks, normalized_vectors
-from vqserve.encode.forward import Layer, Watcher, compute_dtype, embed, fisher_gradient
+from vqserve.encode.fisher import fisher_gradient
 from vqserve.encode.parent import Parent
 from vqserve.encode.scalar import encode_spine
 from vqserve.encode.statistics import Routing, expert_moments
@@ -29,6 +28,8 @@ from vqserve.format.errors import CheckpointError
 from vqserve.format.layout import spine_modules
 from vqserve.format.names import layer_of
 from vqserve.format.tiers import TIERS
+from vqserve.model.forward import Layer, Watcher, compute_dtype, embed
+from vqserve.model.tokens import Batch, Tokens
 from vqserve.reference.dequantize import Codebook
 
 GRADIENT_TOKENS = 2**16

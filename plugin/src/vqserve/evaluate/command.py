@@ -159,12 +159,12 @@ def _kl(args: argparse.Namespace) -> dict[str, Any]:
     for folder in (args.model, args.parent):
         read_config(folder)
     from vqserve.evaluate.kl import divergence
-    from vqserve.evaluate.load import load_model, load_tokenizer
+    from vqserve.model.weights import open_model, open_tokenizer
 
-    tokenizer = load_tokenizer(args.parent)
+    tokenizer = open_tokenizer(args.parent)
     samples = _read_samples(args.text) if args.text else _draw_samples(tokenizer, args.per_language, args.seed)
     result = divergence(
-        load_model(args.parent), load_model(args.model), tokenizer, samples, progress=sys.stderr.isatty()
+        open_model(args.parent), open_model(args.model), tokenizer, samples, progress=sys.stderr.isatty()
     )
     _print(
         f"KL({args.parent} || {args.model}), nats per answer token",

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import GlmMoeDsaForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from vqserve.evaluate.statistics import bootstrap
-
-BATCH_TOKENS = 4096
+from vqserve.format.errors import UsageError
+from vqserve.model.forward import Head, Layer, embed
+from vqserve.model.tokens import Tokens
+from vqserve.model.weights import Model
 
 
 @dataclass(frozen=True)
@@ -61,23 +63,16 @@ class Divergence:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class _Tokenized:
-    index: int
-    ids: list[int]
-    answer: int
-
-
 @torch.no_grad()
 def divergence(
-    parent: GlmMoeDsaForCausalLM,
-    model: GlmMoeDsaForCausalLM,
+    parent: Model,
+    model: Model,
     tokenizer: PreTrainedTokenizerBase,
     samples: Sequence[Sample],
     *,
     progress: bool = False,
 ) -> dict[str, Divergence]:
-    """Compare two models on the same texts.
+    """Compare two models on the same texts, in fp32, a layer of each at a time.
 
     Args:
         parent: The reference distribution; same vocabulary as `model`.
@@ -88,19 +83,32 @@ def divergence(
 
     Returns:
         By stratum, and under "all" over everything.
+
+    Raises:
+        UsageError: A text is too long, or the two models do not have the same layers and vocabulary.
     """
-    rows = [_tokenize(tokenizer, i, sample) for i, sample in enumerate(samples)]
-    divergences: dict[int, Tensor] = {}
-    agreements: dict[int, Tensor] = {}
-    with tqdm(total=len(rows), desc="KL", unit="text", disable=not progress) as bar:
-        for batch in _batches(rows):
-            expected, found = (_log_probabilities(m, batch) for m in (parent, model))
-            for k, row in enumerate(batch):
-                answer = slice(row.answer - 1, len(row.ids) - 1)
-                p, q = expected[k, answer], found[k, answer]
-                divergences[row.index] = (p.exp() * (p - q)).sum(-1)
-                agreements[row.index] = p.argmax(-1) == q.argmax(-1)
-            bar.update(len(batch))
+    mine, theirs = model.geometry, parent.geometry
+    if (mine.num_hidden_layers, mine.vocab_size) != (theirs.num_hidden_layers, theirs.vocab_size):
+        raise UsageError("the two models have not the same layers and vocabulary; give a checkpoint and its own parent")
+    tokens = _tokens(tokenizer, samples, theirs.index_topk)
+    layers, device = theirs.num_hidden_layers, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    models = (parent, model)
+    hidden = [embed(each, tokens, torch.float32) for each in models]
+    with tqdm(total=layers, desc="KL", unit="layer", disable=not progress) as bar:
+        for layer in range(layers):
+            for at, each in enumerate(models):
+                hidden[at] = Layer(each, layer, device, torch.float32).run(tokens, hidden[at], {})
+            bar.update()
+    heads = [Head(each, device, torch.float32) for each in models]
+    divergences: list[Tensor] = []
+    agreements: list[Tensor] = []
+    for *outputs, counts in zip(*(each.split(tokens.lengths) for each in (*hidden, tokens.predicts)), strict=True):
+        p, q = (
+            head(output[counts].to(device)).double().log_softmax(-1)
+            for head, output in zip(heads, outputs, strict=True)
+        )
+        divergences.append((p.exp() * (p - q)).sum(-1).cpu())
+        agreements.append((p.argmax(-1) == q.argmax(-1)).cpu())
     strata: dict[str, list[int]] = {"all": list(range(len(samples)))}
     for i, sample in enumerate(samples):
         strata.setdefault(sample.stratum, []).append(i)
@@ -110,31 +118,24 @@ def divergence(
     }
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, index: int, sample: Sample) -> _Tokenized:
-    prompt, completion = (
-        tokenizer(text, add_special_tokens=False)["input_ids"] for text in (sample.prompt, sample.completion)
-    )
-    return _Tokenized(index, prompt + completion, len(prompt))
-
-
-def _batches(rows: Sequence[_Tokenized]) -> Iterator[list[_Tokenized]]:
-    batch: list[_Tokenized] = []
-    for row in sorted(rows, key=lambda r: len(r.ids)):
-        if batch and (len(batch) + 1) * len(row.ids) > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
-
-
-def _log_probabilities(model: GlmMoeDsaForCausalLM, batch: Sequence[_Tokenized]) -> Tensor:
-    """-> fp64 `[B, S, V]`. Padding stands behind each row, where a causal model cannot see it."""
-    ids = torch.zeros(len(batch), max(len(row.ids) for row in batch), dtype=torch.long)
-    for k, row in enumerate(batch):
-        ids[k, : len(row.ids)] = torch.tensor(row.ids)
-    logits: Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits
-    return logits.double().log_softmax(-1)
+def _tokens(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample], longest: int) -> Tokens:
+    """The samples as sequences, in their order; what counts are the predictions of an answer's tokens."""
+    ids: list[int] = []
+    counts: list[bool] = []
+    lengths: list[int] = []
+    for number, sample in enumerate(samples, start=1):
+        prompt, completion = (
+            tokenizer(text, add_special_tokens=False)["input_ids"] for text in (sample.prompt, sample.completion)
+        )
+        length = len(prompt) + len(completion)
+        if length > longest:
+            raise UsageError(
+                f"text {number} has {length} tokens; give texts of at most {longest}, the model's index_topk"
+            )
+        ids += prompt + completion
+        counts += [len(prompt) - 1 <= at < length - 1 for at in range(length)]
+        lengths.append(length)
+    return Tokens(torch.tensor(ids), torch.tensor(counts), tuple(lengths))
 
 
 def _summary(divergences: Sequence[Tensor], agreements: Sequence[Tensor]) -> Divergence:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from vqserve.encode.calibration import Batch, Tokens
-from vqserve.encode.forward import Layer, embed, fisher_gradient
+from vqserve.encode.fisher import fisher_gradient
 from vqserve.encode.parent import Parent
+from vqserve.model.forward import Head, Layer, embed
+from vqserve.model.tokens import Batch, Tokens
 
 CPU = torch.device("cpu")
 
@@ -49,6 +50,7 @@ def test_layer_by_layer_equals_the_whole_model(parent: Parent, whole: nn.Module,
         wanted = whole(ids[None]).logits[0]
         norm, head = whole.get_submodule("model.norm"), whole.get_submodule("lm_head")
         torch.testing.assert_close(head(norm(part)), wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(Head(parent, CPU, torch.float32)(part), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_watchers_see_every_token_once_and_the_routers_choice(parent: Parent, tokens: Tokens) -> None:

@@ -1,4 +1,4 @@
-"""Runs the parent on the calibration text, one layer at a time.
+"""Runs a model one layer at a time, so that no more than a layer's weights are held.
 
 The layer is transformers' own decoder layer. Its sparse indexer is left out: sequences are no longer than `index_topk`,
 and up to that length it selects everything.
@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 from transformers.models.glm_moe_dsa import GlmMoeDsaConfig
 from transformers.models.glm_moe_dsa.modeling_glm_moe_dsa import (
     GlmMoeDsaDecoderLayer,
@@ -19,13 +18,11 @@ from transformers.models.glm_moe_dsa.modeling_glm_moe_dsa import (
     GlmMoeDsaRotaryEmbedding,
 )
 
-from vqserve.encode.calibration import Batch, Tokens
-from vqserve.encode.parent import Parent
+from vqserve.model.tokens import Batch, Tokens
+from vqserve.model.weights import Model
 
 Watcher = Callable[[Batch, Tensor, Any], None]
 """Sees a module at work: the batch, the module's input `[B, S, C]`, and its output as the module returns it."""
-
-_HEAD_TOKENS = 1024
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -34,14 +31,21 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 
 class Layer:
-    """One decoder layer of the parent on a device."""
+    """One decoder layer of a model on a device.
 
-    def __init__(self, parent: Parent, index: int, device: torch.device) -> None:
-        self._device, self._dtype = device, compute_dtype(device)
-        config = _config(parent)
+    Args:
+        model: Whose.
+        index: Which.
+        device: Where.
+        dtype: Of weights and activations; `compute_dtype` of the device if None.
+    """
+
+    def __init__(self, model: Model, index: int, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        self._device, self._dtype = device, dtype or compute_dtype(device)
+        config = _config(model)
         with torch.device("meta"):
             self._module = GlmMoeDsaDecoderLayer(config, index).eval()
-        self._module.load_state_dict(_state(parent, index, device, self._dtype), assign=True)
+        self._module.load_state_dict(_state(model, index, device, self._dtype), assign=True)
         self._module.requires_grad_(False)
         self._rotary = GlmMoeDsaRotaryEmbedding(config).to(device)
 
@@ -94,63 +98,41 @@ class Layer:
         return output
 
 
-def embed(parent: Parent, tokens: Tokens, dtype: torch.dtype) -> Tensor:
+def embed(model: Model, tokens: Tokens, dtype: torch.dtype) -> Tensor:
     """Inputs of the first layer, `[T, C]`."""
-    return parent.tensor("model.embed_tokens.weight")[tokens.ids].to(dtype)
+    return model.tensor("model.embed_tokens.weight")[tokens.ids].to(dtype)
 
 
-def fisher_gradient(
-    parent: Parent, tokens: Tokens, hidden: Tensor, device: torch.device, seed: int, temperature: float = 1.0
-) -> Tensor:
-    """The gradient of the model's own log-likelihood with respect to the last layer's outputs.
+class Head:
+    """The final norm and the head of a model on a device: from the last layer's outputs to logits."""
 
-    Labels are drawn from the model's predictions, so that the expected square of this gradient is the Fisher
-    information: half of (change of outputs)' Fisher (change of outputs) is the KL divergence, to second order.
+    def __init__(self, model: Model, device: torch.device, dtype: torch.dtype) -> None:
+        self.norm = GlmMoeDsaRMSNorm(model.geometry.hidden_size, _config(model).rms_norm_eps).to(device)
+        self.norm.load_state_dict({"weight": model.tensor("model.norm.weight").to(device, dtype)}, assign=True)
+        self.norm.requires_grad_(False)
+        self.weight = model.tensor("lm_head.weight").to(device, dtype)
 
-    Args:
-        parent: For the final norm and the head.
-        tokens: Only predictions that count contribute.
-        hidden: Outputs of the last layer, `[T, C]` on the CPU.
-        device: To compute on.
-        seed: Of the drawn labels.
-        temperature: That predictions are made at: logits are divided by it.
-
-    Returns:
-        Like `hidden`; 0 where the prediction does not count.
-    """
-    dtype = compute_dtype(device)
-    norm = GlmMoeDsaRMSNorm(parent.geometry.hidden_size, _config(parent).rms_norm_eps).to(device)
-    norm.load_state_dict({"weight": parent.tensor("model.norm.weight").to(device, dtype)}, assign=True)
-    norm.requires_grad_(False)
-    head = parent.tensor("lm_head.weight").to(device, dtype) / temperature
-    generator = torch.Generator().manual_seed(seed)
-    result = torch.zeros_like(hidden)
-    for part in tokens.predicts.nonzero()[:, 0].split(_HEAD_TOKENS):
-        inputs = hidden[part].to(device, dtype).requires_grad_()
-        normed = norm(inputs)
-        chances = (normed.detach() @ head.t()).float().softmax(-1)
-        drawn = torch.multinomial(chances.cpu(), 1, generator=generator)[:, 0].to(device)
-        outer = (chances - one_hot(drawn, len(head))).to(dtype) @ head
-        (inner,) = torch.autograd.grad(normed, inputs, outer)
-        result[part] = inner.to(hidden)
-    return result
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """`[T, C]` -> `[T, V]`, in the dtype of the head."""
+        logits: Tensor = self.norm(hidden.to(self.weight)) @ self.weight.t()
+        return logits
 
 
-def _config(parent: Parent) -> GlmMoeDsaConfig:
-    config = GlmMoeDsaConfig(**parent.config)
+def _config(model: Model) -> GlmMoeDsaConfig:
+    config = GlmMoeDsaConfig(**model.config)
     config.indexer_types = ["shared"] * config.num_hidden_layers
     config._attn_implementation, config._experts_implementation = "sdpa", "eager"
     return config
 
 
-def _state(parent: Parent, index: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+def _state(model: Model, index: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     """The layer's tensors under transformers' names, experts stacked."""
     state = {
         name: tensor.to(device, torch.float32 if name.endswith("e_score_correction_bias") else dtype)
-        for name, tensor in parent.layer(index).items()
+        for name, tensor in model.layer(index).items()
     }
-    if index in parent.geometry.moe_layers:
-        experts = [parent.expert(index, expert) for expert in range(parent.geometry.n_routed_experts)]
+    if index in model.geometry.moe_layers:
+        experts = [model.expert(index, expert) for expert in range(model.geometry.n_routed_experts)]
         pairs = [torch.cat([expert["gate_proj"], expert["up_proj"]]) for expert in experts]
         state["mlp.experts.gate_up_proj"] = torch.stack(pairs).to(device, dtype)
         state["mlp.experts.down_proj"] = torch.stack([expert["down_proj"] for expert in experts]).to(device, dtype)
