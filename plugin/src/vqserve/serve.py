@@ -12,13 +12,12 @@ import shlex
 import socket
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
-from typing import Literal
 
 from vqserve.arguments import positive
 from vqserve.capacity import available_bytes, check_cpu, check_gpus, gpu_bytes
+from vqserve.cpu import Cpu, cores_of_ranks, find_cpu
 from vqserve.format.errors import UsageError
 from vqserve.format.files import DIGEST_LIMIT, Checkpoint, ParentCheckpoint, check_checkpoint, check_parent, read_config
 from vqserve.format.geometry import Geometry
@@ -26,7 +25,7 @@ from vqserve.format.known_answers import read_known_answers
 from vqserve.format.layout import check_shardable
 from vqserve.format.memory import memory
 from vqserve.format.variants import check_variant
-from vqserve.settings import SPINE, WARM_UP_SECONDS, Spine, wanted_spine
+from vqserve.settings import SPINE, WARM_UP_SECONDS
 
 VLLM_VERSION = "0.32.0"
 DENSE_CONTEXT = 4096
@@ -87,44 +86,6 @@ def run(args: argparse.Namespace) -> int:
     check_memory(args, checkpoint, cpu, environment)
     print(summary(args, checkpoint, vllm, cpu), flush=True)
     os.execve(command[0], command, os.environ | environment)
-
-
-@dataclass(frozen=True)
-class Cpu:
-    """How a CPU serves best.
-
-    Attributes:
-        spine: Whether the 4-bit layers stay packed.
-        dtype: Of weights and activations: float32, or vLLM's choice.
-        avx512: Whether it has AVX-512, and so which of its libraries vLLM takes.
-    """
-
-    spine: Spine
-    dtype: Literal["auto", "float32"]
-    avx512: bool
-
-
-def find_cpu() -> Cpu:
-    """How this machine's CPU serves best, asked as vLLM asks when it chooses one of its libraries.
-
-    Without instructions for bf16, torch's products in it take 5 (16 rows) to 16 (256 rows) times as long as in float32.
-    On the demo, a 2-core EPYC with AVX2: 16 streams 397 tok/s in float32 against 249, a prompt of 2,000 tokens 1.4 s
-    against 2.4.
-
-    Raises:
-        UsageError: It is too old for vLLM, or the environment asks for what it cannot do.
-    """
-    import torch  # two seconds: not for `--help`
-
-    can = torch.cpu.get_capabilities()
-    if not can.get("avx2"):
-        raise UsageError("this CPU has no AVX2, without which vLLM's CPU build does not run; serve on another machine")
-    fast = bool(can.get("avx512_bf16"))
-    spine = wanted_spine() or ("packed" if fast else "dequantized")
-    if spine == "packed" and not can.get("avx512_f"):
-        raise UsageError(f"{SPINE}=packed: vLLM has no 4-bit GEMM for CPUs without AVX-512; unset it")
-    dtype: Literal["auto", "float32"] = "float32" if spine == "dequantized" and not fast else "auto"
-    return Cpu(spine, dtype, bool(can.get("avx512_f")))
 
 
 def check_vllm() -> str:
@@ -243,7 +204,7 @@ def server_environment(args: argparse.Namespace, geometry: Geometry, cpu: Cpu | 
         # AMX CPUs would round the activations of the 4-bit spine to 8 bit; no other device does.
         environment["VLLM_CPU_INT4_W4A8"] = "0"
         if args.tensor_parallel_size > 1:
-            environment["VLLM_CPU_OMP_THREADS_BIND"] = _cores_of_ranks(args.tensor_parallel_size)
+            environment["VLLM_CPU_OMP_THREADS_BIND"] = cores_of_ranks(args.tensor_parallel_size)
     environment = {name: os.environ.get(name, value) for name, value in environment.items()}
     if args.warm_up_seconds is not None:
         environment[WARM_UP_SECONDS] = str(args.warm_up_seconds)
@@ -329,10 +290,3 @@ def _kv_cache_gib(geometry: Geometry, tokens: int, cpu: Cpu) -> int:
     element = 4 if cpu.dtype == "float32" else 2
     per_token = element * geometry.num_hidden_layers * (geometry.kv_lora_rank + geometry.qk_rope_head_dim)
     return -(-4 * tokens * per_token // (1 << 30))
-
-
-def _cores_of_ranks(ranks: int) -> str:
-    """Each rank's share of the CPU cores as vLLM writes it, e.g. `0,1|2,3`; by itself it wants a NUMA node per rank."""
-    cores = sorted(os.sched_getaffinity(0))
-    share = len(cores) // ranks
-    return "|".join(",".join(map(str, cores[rank * share : (rank + 1) * share])) for rank in range(ranks))

@@ -14,7 +14,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from vqserve.checkpoint.tables import check_writable, gib, print_table, write_json
 from vqserve.format.config import PROJECTIONS, QuantConfig
 from vqserve.format.errors import ConfigError, UsageError
 from vqserve.format.files import check_checkpoint, described, readable
@@ -23,6 +22,7 @@ from vqserve.format.layout import parent_specs
 from vqserve.format.names import layer_of, parse_expert_tensor, parse_experts_module
 from vqserve.format.strict_json import read_object
 from vqserve.format.tiers import TIERS
+from vqserve.tables import check_writable, gib, print_table, write_json
 
 _PARTS = _EXPERTS, _FOUR_BIT, _KEPT = "routed experts", "4-bit spine", "not quantized"
 _SPINE = {"qweight": "codes", "scales": "scales", "qzeros": "zero points"}

@@ -11,7 +11,6 @@ from typing import Any
 
 from vqserve.arguments import positive, size
 from vqserve.checkpoint.assume import SEED_MIX, assumed, mix_for, read_mix
-from vqserve.checkpoint.tables import check_writable, gib, print_table, write_json
 from vqserve.format.config import PROJECTIONS, QuantConfig
 from vqserve.format.errors import ConfigError, UsageError
 from vqserve.format.files import read_config, readable
@@ -20,6 +19,7 @@ from vqserve.format.layout import checkpoint_specs
 from vqserve.format.memory import ATTENTIONS, Attention, Memory, memory
 from vqserve.format.strict_json import read_object
 from vqserve.format.tiers import TIERS
+from vqserve.tables import check_writable, gib, print_table, write_json
 
 RESERVE = 2 << 30
 """Assumed, not measured on a card: about 1 GiB for the CUDA context and NCCL, the rest for activations."""

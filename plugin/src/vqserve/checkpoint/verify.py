@@ -24,7 +24,6 @@ import numpy as np
 from tqdm import tqdm
 
 from vqserve.arguments import positive
-from vqserve.checkpoint.tables import write_json
 from vqserve.format.errors import CheckpointError, UsageError
 from vqserve.format.files import (
     check_folder,
@@ -40,6 +39,7 @@ from vqserve.format.known_answers import read_known_answers
 from vqserve.format.layout import DTYPE_BYTES
 from vqserve.format.manifest import FileRecord, check_digest, check_sizes, read_manifest
 from vqserve.format.values import FULL_EXPONENT, check_codebooks, check_zero_points, not_finite
+from vqserve.tables import write_json
 
 _PIECE = 1 << 20
 """Bytes that a thread holds at a time; a multiple of every element's size."""

@@ -11,18 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from vqserve.arguments import positive
 from vqserve.evaluate.items import LANGUAGES
 from vqserve.evaluate.needle import DEPTHS, LENGTHS
-from vqserve.format.atomic import write_whole
 from vqserve.format.errors import UsageError
 from vqserve.format.files import read_config
-
-PLAIN_WIDTH = 120
-"""Columns of a table that does not go to a terminal."""
+from vqserve.tables import check_writable, print_table, write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,11 +74,10 @@ def run(args: argparse.Namespace) -> int:
         UsageError: The server cannot be reached, or a file is not what it should be.
         CheckpointError: A checkpoint is damaged.
     """
-    if args.json and not args.json.parent.is_dir():
-        raise UsageError(f"--json {args.json}: there is no folder {args.json.parent}")
+    check_writable("--json", args.json)
     report = _kl(args) if args.task == "kl" else _questions(args)
     if args.json:
-        write_whole(args.json, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        write_json(args.json, report)
     return 0
 
 
@@ -105,7 +98,8 @@ def _questions(args: argparse.Namespace) -> dict[str, Any]:
     results = measure(args.task, server, modes, asked, progress=sys.stderr.isatty())
     rows, items = table(results), [result.to_dict() for result in results]
     title = f"{args.task}, seed {args.seed}"
-    _print(title, _by_length_and_depth(rows) if args.task == "needle" else list(map(_shown, rows)))
+    shown = _by_length_and_depth(rows) if args.task == "needle" else list(map(_shown, rows))
+    print_table(title, list(shown[0]), [list(row.values()) for row in shown], names=2)
     report: dict[str, Any] = {"task": args.task, "url": args.url, "seed": args.seed, "scores": rows, "items": items}
     if before is not None:
         report["against"] = paired = compare(items, before)
@@ -166,22 +160,21 @@ def _kl(args: argparse.Namespace) -> dict[str, Any]:
     result = divergence(
         open_model(args.parent), open_model(args.model), tokenizer, samples, progress=sys.stderr.isatty()
     )
-    _print(
-        f"KL({args.parent} || {args.model}), nats per answer token",
-        [
-            {
-                "stratum": name,
-                "tokens": str(d.tokens),
-                "mean": f"{d.mean:.5f}",
-                "95 % interval": f"{d.low:.5f} - {d.high:.5f}",
-                "median": f"{d.median:.2g}",
-                "p95": f"{d.p95:.3g}",
-                "p99": f"{d.p99:.3g}",
-                "same first": f"{d.top1:.2%}",
-            }
-            for name, d in result.items()
-        ],
-    )
+    rows = {
+        name: (
+            str(d.tokens),
+            f"{d.mean:.5f}",
+            f"{d.low:.5f} - {d.high:.5f}",
+            f"{d.median:.2g}",
+            f"{d.p95:.3g}",
+            f"{d.p99:.3g}",
+            f"{d.top1:.2%}",
+        )
+        for name, d in result.items()
+    }
+    columns = ("stratum", "tokens", "mean", "95 % interval", "median", "p95", "p99", "same first")
+    title = f"KL({args.parent} || {args.model}), nats per answer token"
+    print_table(title, columns, [(name, *row) for name, row in rows.items()])
     return {"model": str(args.model), "parent": str(args.parent), "kl": {k: d.to_dict() for k, d in result.items()}}
 
 
@@ -231,12 +224,3 @@ def _read_samples(path: Path) -> list[Any]:
     if not samples:
         raise UsageError(f"--text {path}: empty")
     return samples
-
-
-def _print(title: str, rows: Sequence[Mapping[str, str]]) -> None:
-    table = Table(title=title, title_justify="left")
-    for column in rows[0]:
-        table.add_column(column, no_wrap=True, justify="left" if column in ("mode", "group", "stratum") else "right")
-    for row in rows:
-        table.add_row(*row.values())
-    Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(table)

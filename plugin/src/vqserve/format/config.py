@@ -8,6 +8,7 @@ from typing import Any
 
 from vqserve.format.errors import ConfigError
 from vqserve.format.names import parse_experts_module
+from vqserve.format.strict_json import check_record
 from vqserve.format.tiers import GROUP, TIERS, Tier
 
 QUANT_METHOD = "vqserve"
@@ -170,19 +171,7 @@ class QuantConfig:
 
 
 def _record(value: object, where: str, keys: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Any]:
-    """`value` as a dictionary with all of `keys`, perhaps some of `optional`, and nothing else."""
-    if not isinstance(value, Mapping):
-        raise ConfigError(where, f"expected an object, found {type(value).__name__}", _REENCODE)
-    for key in keys:
-        if key not in value:
-            raise ConfigError(where, f"key {key!r} is missing", _REENCODE)
-    for key in value:
-        if key not in keys and key not in optional:
-            expected = ", ".join(keys + optional)
-            raise ConfigError(
-                where, f"unknown key {key!r} (known: {expected})", "remove it, or install the release that knows it"
-            )
-    return dict(value)
+    return check_record(value, where, ConfigError, _REENCODE, keys, optional)
 
 
 def _expect(found: object, wanted: object, where: str) -> None:

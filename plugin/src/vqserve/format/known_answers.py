@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vqserve.format.errors import CheckpointError
-from vqserve.format.strict_json import read_object
+from vqserve.format.strict_json import check_record, read_object
 
 KNOWN_ANSWERS = "known_answers.json"
 KNOWN_ANSWERS_VERSION = 1
@@ -83,18 +83,8 @@ def read_known_answers(folder: Path) -> tuple[KnownAnswer, ...]:
     return tuple(KnownAnswer.from_dict(prompt, f"{path}: prompts[{at}]") for at, prompt in enumerate(prompts))
 
 
-def _record(value: object, where: str, keys: tuple[str, ...], optional: tuple[str, ...] = ()) -> Mapping[str, Any]:
-    """`value` as an object with all of `keys`, perhaps some of `optional`, and nothing else."""
-    if not isinstance(value, Mapping):
-        raise KnownAnswersError(where, f"expected an object, found {type(value).__name__}", _MEND)
-    for key in keys:
-        if key not in value:
-            raise KnownAnswersError(where, f"key {key!r} is missing", _MEND)
-    for key in value:
-        if key not in keys and key not in optional:
-            known = ", ".join(keys + optional)
-            raise KnownAnswersError(where, f"unknown key {key!r} (known: {known})", _MEND)
-    return value
+def _record(value: object, where: str, keys: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Any]:
+    return check_record(value, where, KnownAnswersError, _MEND, keys, optional)
 
 
 def _check_text(text: object, where: str) -> None:

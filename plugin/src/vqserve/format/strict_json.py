@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -56,6 +57,40 @@ def read_object(path: Path, error: type[CheckpointError] = CheckpointError) -> d
     if data.startswith(LFS_POINTER):
         raise error(str(path), "expected JSON, found a Git LFS pointer to it", LFS_REMEDY)
     return parse_object(data, str(path), error)
+
+
+def check_record(
+    value: object,
+    where: str,
+    error: type[CheckpointError],
+    remedy: str,
+    keys: Sequence[str],
+    optional: Sequence[str] = (),
+) -> dict[str, Any]:
+    """`value` as an object with all of `keys`, perhaps some of `optional`, and nothing else.
+
+    Args:
+        value: What was parsed.
+        where: What to call it in an error.
+        error: The class of errors raised.
+        remedy: What the reader of an error can do.
+        keys: Those that must be there.
+        optional: Those that may be there.
+
+    Raises:
+        CheckpointError: As `error`: not an object, or a key is missing or unknown.
+    """
+    if not isinstance(value, Mapping):
+        raise error(where, f"expected an object, found {type(value).__name__}", remedy)
+    for key in keys:
+        if key not in value:
+            raise error(where, f"key {key!r} is missing", remedy)
+    known = (*keys, *optional)
+    for key in value:
+        if key not in known:
+            problem = f"unknown key {key!r} (known: {', '.join(known)})"
+            raise error(where, problem, "remove it, or install the release that knows it")
+    return dict(value)
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -52,6 +52,17 @@ def codeword_tables(codebooks: Mapping[str, Codebook], unused: Tensor) -> list[T
 
 
 @triton.jit
+def planes_at(place, codes, refinements, scales):
+    """Tier of the matrix whose place is given, and where its codes, refinements and scales begin."""
+    return (
+        tl.load(place),
+        codes + tl.load(place + 1),
+        refinements + tl.load(place + 2),
+        scales + tl.load(place + 3),
+    )
+
+
+@triton.jit
 def local_expert(ids, at, expert_map, MAPPED: tl.constexpr):
     """Local number of the expert that the router chose `at`; -1 if there is none on this rank."""
     expert = tl.load(ids + at).to(tl.int32)

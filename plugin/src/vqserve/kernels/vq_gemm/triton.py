@@ -27,6 +27,7 @@ from vqserve.kernels.planes import (
     half_of,
     input_of,
     local_expert,
+    planes_at,
     scale_offsets,
     silu,
     tf32_of,
@@ -85,10 +86,7 @@ def _project(
     DOWN: tl.constexpr, DTYPE: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """`_tile` for the matrix whose place is given."""
-    tier = tl.load(place)
-    codes += tl.load(place + 1)
-    refinements += tl.load(place + 2)
-    scales += tl.load(place + 3)
+    tier, codes, refinements, scales = planes_at(place, codes, refinements, scales)
     if tier == 0:
         tile = _tile(
             x, x_row, codes, refinements, scales, base_a, base_a, row, rows, columns, inside,

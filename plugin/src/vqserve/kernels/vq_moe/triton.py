@@ -19,6 +19,7 @@ from vqserve.kernels.planes import (
     half_of,
     input_of,
     local_expert,
+    planes_at,
     scale_offsets,
     silu,
 )
@@ -81,10 +82,7 @@ def _project(
     DOWN: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """`_row_sums` for the matrix whose place is given."""
-    tier = tl.load(place)
-    codes += tl.load(place + 1)
-    refinements += tl.load(place + 2)
-    scales += tl.load(place + 3)
+    tier, codes, refinements, scales = planes_at(place, codes, refinements, scales)
     if tier == 0:
         sums = _row_sums(
             x, codes, refinements, scales, base_a, base_a, row, rows, columns, 8, False, DOWN, DTYPE, ROWS, GROUPS

@@ -1,4 +1,4 @@
-"""How the commands that read a checkpoint print tables and bytes, and write their `--json`."""
+"""How commands print tables and bytes, and write their `--json`."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ PLAIN_WIDTH = 120
 """Columns of a table that does not go to a terminal."""
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a table, the first column to the left and the others to the right."""
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], names: int = 1) -> None:
+    """Prints a table, the first `names` columns to the left and the others to the right."""
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, markup=False, highlight=False)
     console.print(title)  # a title of the table's own would be broken to its width
     table = Table()
     for at, column in enumerate(columns):
-        table.add_column(column, no_wrap=True, justify="right" if at else "left")
+        table.add_column(column, no_wrap=True, justify="left" if at < names else "right")
     for row in rows:
         table.add_row(*row)
     console.print(table)
