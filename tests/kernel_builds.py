@@ -21,36 +21,36 @@ from vqserve.kernels.vq_gemm import triton as prefill
 from vqserve.kernels.vq_moe import triton as decode
 
 POINTERS = {
-    **dict.fromkeys(["x", "places", "order", "starts", "block_expert", "block_first"], "*i64"),
-    **dict.fromkeys(["base_a", "base_b", "fine_b", "base_c", "base_d", "fine_d"], "*i64"),
+    **dict.fromkeys(["x", "h", "order", "starts", "block_expert", "block_first", "codebooks"], "*i64"),
     **dict.fromkeys(["codes", "refinements"], "*u8"),
-    **dict.fromkeys(["weights", "products"], "*fp32"),
-    **dict.fromkeys(["ids", "expert_map"], "*i32"),
+    **dict.fromkeys(["weights", "products", "factors", "h_factors"], "*fp32"),
+    **dict.fromkeys(["ids", "expert_map", "places"], "*i32"),
     "scales": "*fp16",
 }
-NAMES = {tl.bfloat16: "bf16", tl.float16: "fp16"}
+NAMES = {tl.bfloat16: "bf16", tl.float16: "fp16", tl.float32: "fp32"}
 
 
 def builds() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any]]]:
-    """Name, kernel, pointer types of its own, constants."""
-    shape = {"ROWS": decode.ROWS, "GROUPS": decode.GROUPS}
+    """Name, kernel, pointer types of its own, constants and options."""
+    shape = {"ROWS": decode.ROWS, "GROUPS": decode.GROUPS, "num_warps": decode.WARPS}
     for dtype, name in NAMES.items():
         for mapped in (False, True):
             constants = {"MAPPED": mapped, "DTYPE": dtype, **shape}
             yield f"decode gate_up {name} {mapped}", decode.gate_up, {"h": "*fp32"}, constants
-            constants = {"MAPPED": mapped, **shape}
-            yield f"decode down {name} {mapped}", decode.down, {"h": "*i64", "out": f"*{name}"}, constants
-            constants = {"MAPPED": mapped, "ROWS": prefill.ROWS}
+            yield f"decode down {name} {mapped}", decode.down, {"out": f"*{name}"}, {"MAPPED": mapped, **shape}
+            constants = {"MAPPED": mapped, "ROWS": prefill.ROWS, "num_warps": 1}
             yield f"prefill combine {name} {mapped}", prefill.combine, {"out": f"*{name}"}, constants
-        for tokens in prefill.TOKENS:
-            constants = {"TOKENS": tokens, "ROWS": prefill.ROWS}
-            yield f"prefill gate_up {name} {tokens}", prefill.gate_up, {"h": "*fp32"}, {**constants, "DTYPE": dtype}
-            if dtype == tl.bfloat16:
-                yield f"prefill down {tokens}", prefill.down, {"h": "*i64"}, constants
+        pointers = {"x": f"*{name}", "y": "*fp16"}
+        yield f"prefill to_half {name}", prefill.to_half, pointers, {"BLOCK": 8192, "num_warps": 8}
+    for tokens in prefill.TOKENS:
+        constants = {"TOKENS": tokens, "ROWS": prefill.ROWS, "num_warps": prefill.WARPS, "num_stages": 1}
+        yield f"prefill gate_up {tokens}", prefill.gate_up, {"h": "*fp16"}, constants
+        yield f"prefill down {tokens}", prefill.down, {}, constants
 
 
 def build(kernel: Any, own: dict[str, str], constants: dict[str, Any], chip: int) -> dict[str, int]:
-    types = POINTERS | own
+    types, options = POINTERS | own, {name: n for name, n in constants.items() if name.startswith("num_")}
+    constants = {name: value for name, value in constants.items() if name not in options}
     names = list(inspect.signature(kernel.fn).parameters)
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     aligned = [i for i, name in enumerate(names) if name not in constants and name != "top_k"]
@@ -58,7 +58,7 @@ def build(kernel: Any, own: dict[str, str], constants: dict[str, Any], chip: int
     source = ASTSource(
         kernel, signature, {(names.index(name),): value for name, value in constants.items()}, attributes
     )
-    done = triton.compile(source, target=GPUTarget("cuda", chip, 32), options={"num_warps": 4})
+    done = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(done.asm["cubin"])

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import termios
 import tracemalloc
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -203,7 +204,9 @@ class OnTerminal:
         self._end, terminal = pty.openpty()
         termios.tcsetwinsize(terminal, (24, 80))  # in a terminal without a size no bar has room
         command = [sys.executable, "-c", "import sys; from vqserve.cli import main; sys.exit(main())", "verify", *argv]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=terminal)
+        # Whatever runs the tests may ignore SIGINT, as shells have their background jobs do; a terminal's job does not.
+        heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=terminal, preexec_fn=heard)
         os.close(terminal)
         self.shown = ""
 

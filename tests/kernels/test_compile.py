@@ -1,9 +1,12 @@
-"""Every CUDA C++ source compiles for the chips it is meant for, without a GPU and without a CUDA toolkit."""
+"""Every kernel compiles for the chips it is meant for, without a GPU and without a CUDA toolkit."""
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -52,6 +55,19 @@ def test_the_look_up_table_kernels_fit_sm_120_and_spill_nothing(tmp_path: Path) 
         assert usage["STACK"] == 0
         assert usage["LOCAL"] == 0
         assert blocks >= 1
+
+
+@pytest.mark.parametrize("chip", [90, 120])
+def test_the_triton_kernels_fit_and_spill_nothing_on_sm_120(chip: int) -> None:
+    # In a process of its own: here Triton interprets.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).parents[1] / "kernel_builds.py"), str(chip)]
+    found = json.loads(subprocess.run(command, env=environment, capture_output=True, check=True).stdout)
+    assert len(found) > 20
+    for name, usage in found.items():
+        print(f"sm_{chip} {name}: {usage['reg']} registers, {usage['shared']} bytes shared")  # noqa: T201
+        assert usage["shared"] <= SHARED_PER_BLOCK
+        assert chip != 120 or usage["stack"] == usage["local"] == 0
 
 
 def test_the_look_up_table_kernels_compile_for_hopper() -> None:

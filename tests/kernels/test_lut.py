@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from random_experts import random_codebook, random_planes
+from random_experts import in_kernel_order, random_codebook, random_planes
 from random_parent import CONFIG
 from vqserve.format.config import PROJECTIONS, VQModule
 from vqserve.format.flat import flat_layout
 from vqserve.format.geometry import Geometry
 from vqserve.format.tiers import TIERS
-from vqserve.kernels.vq_moe.cuda import LutExperts, moe, prepare
+from vqserve.kernels.experts import KernelExperts
+from vqserve.kernels.vq_moe.cuda import moe
 from vqserve.reference.dequantize import Codebook
 from vqserve.reference.moe import Experts
 from vqserve.reference.moe import moe as reference_moe
@@ -65,7 +66,7 @@ def _routed(
     return x.cuda(), weights.cuda(), ids.int().cuda()
 
 
-def _run(x: Tensor, weights: Tensor, ids: Tensor, experts: LutExperts, expert_map: Tensor | None = None) -> Tensor:
+def _run(x: Tensor, weights: Tensor, ids: Tensor, experts: KernelExperts, expert_map: Tensor | None = None) -> Tensor:
     """One call, its output poisoned first: the allocator hands the same memory out again."""
     poison = torch.full_like(x, float("nan"))
     del poison
@@ -93,14 +94,14 @@ def test_it_computes_what_the_reference_computes(
     experts = _experts(seed, hidden, width, letters or _mixed(seed, 8))
     routed = _routed(seed, tokens, hidden, 8, 3, dtype)
     expected = reference_moe(routed[0].float(), *routed[1:], experts)
-    assert _error(_run(*routed, prepare(experts)), expected) < 2e-3
+    assert _error(_run(*routed, in_kernel_order(experts)), expected) < 2e-3
 
 
 def test_what_precedes_rounding_is_far_closer_than_half_precision(seed: int) -> None:
     experts = _experts(seed, 1024, 512, _mixed(seed, 8))
     routed = _routed(seed, 3, 1024, 8, 8, torch.bfloat16)
     expected = reference_moe(routed[0].float(), *routed[1:], experts).bfloat16()
-    differ = (_run(*routed, prepare(experts)) != expected).float().mean()
+    differ = (_run(*routed, in_kernel_order(experts)) != expected).float().mean()
     assert differ < 0.01, "all but a few values round alike"
 
 
@@ -112,7 +113,7 @@ def test_experts_that_are_skipped_or_elsewhere_add_nothing(seed: int) -> None:
     expert_map = torch.tensor([3, -1, 0, -1, 7, 1, -1, 2], dtype=torch.int32, device="cuda")
     for mapped in (None, expert_map):
         expected = reference_moe(x.float(), weights, ids, experts, mapped)
-        found = _run(x, weights, ids, prepare(experts), mapped)
+        found = _run(x, weights, ids, in_kernel_order(experts), mapped)
         assert (found[1] == 0).all()
         assert _error(found, expected) < 2e-3
 
@@ -122,12 +123,12 @@ def test_ids_may_be_64_bits_wide_and_all_tokens_may_choose_one_expert(seed: int)
     x, weights, ids = _routed(seed, 8, 384, 8, 1, torch.float16)
     ids[:] = 5
     expected = reference_moe(x.float(), weights, ids, experts)
-    assert _error(_run(x, weights, ids.long(), prepare(experts)), expected) < 2e-3
+    assert _error(_run(x, weights, ids.long(), in_kernel_order(experts)), expected) < 2e-3
 
 
 @pytest.mark.parametrize("tokens", [1, 8])
 def test_a_hundred_runs_give_the_same_bits(tokens: int, seed: int) -> None:
-    experts = prepare(_experts(seed, 6144, 1024, _mixed(seed, 16)))
+    experts = in_kernel_order(_experts(seed, 6144, 1024, _mixed(seed, 16)))
     routed = _routed(seed, tokens, 6144, 16, 8, torch.bfloat16)
     first = _run(*routed, experts)
     assert all(torch.equal(_run(*routed, experts), first) for _ in range(100))
@@ -135,7 +136,7 @@ def test_a_hundred_runs_give_the_same_bits(tokens: int, seed: int) -> None:
 
 def test_a_call_in_a_graph_reads_the_ids_of_the_replay(seed: int) -> None:
     experts = _experts(seed, 1024, 512, _mixed(seed, 8))
-    ready = prepare(experts)
+    ready = in_kernel_order(experts)
     x, weights, ids = _routed(seed, 1, 1024, 8, 3, torch.float16)
     _run(x, weights, ids, ready)
     graph = torch.cuda.CUDAGraph()
@@ -153,7 +154,7 @@ def test_a_call_in_a_graph_reads_the_ids_of_the_replay(seed: int) -> None:
 
 
 def test_a_token_that_is_not_finite_is_nan_alone_and_once(seed: int) -> None:
-    experts = prepare(_experts(seed, 384, 256, _mixed(seed, 8)))
+    experts = in_kernel_order(_experts(seed, 384, 256, _mixed(seed, 8)))
     x, weights, ids = _routed(seed, 3, 384, 8, 3, torch.bfloat16)
     clean = _run(x, weights, ids, experts)
     for value in (float("nan"), float("inf"), 1e30):

@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from random_experts import GEOMETRY, random_experts
+from random_experts import GEOMETRY, in_kernel_order, random_experts
 from vqserve.kernels.moe import DECODE_TOKENS, moe
-from vqserve.kernels.planes import places
 from vqserve.kernels.vq_gemm import triton as prefill
 from vqserve.kernels.vq_moe import triton as decode
 from vqserve.reference.dequantize import Codebook
@@ -55,7 +54,7 @@ def _error(found: Tensor, expected: Tensor) -> float:
 
 
 def _run(kernel: ModuleType, routed: tuple[Tensor, ...], experts: Experts, expert_map: Tensor | None = None) -> Tensor:
-    out: Tensor = kernel.moe(*routed, experts, places(experts.layout, DEVICE), expert_map)
+    out: Tensor = kernel.moe(*routed, in_kernel_order(experts), expert_map)
     return out
 
 
@@ -133,7 +132,7 @@ def test_any_codes_tokens_and_choices_give_the_references_sum(
     generator = torch.Generator().manual_seed(seed)
     ids = torch.where(torch.rand(ids.shape, generator=generator).to(DEVICE) < 0.2, -1, ids)
     routed = (x, weights, ids.long() if long else ids)
-    out = moe(*routed, experts, places(experts.layout, DEVICE))
+    out = moe(*routed, in_kernel_order(experts))
     expected = reference_moe(x.float(), *routed[1:], experts)
     assert out.shape == x.shape
     assert float((out.float() - expected).norm()) <= 1.2 * LIMIT[dtype] * float(expected.norm())
@@ -144,15 +143,15 @@ def test_any_codes_tokens_and_choices_give_the_references_sum(
 @pytest.mark.parametrize("tokens", [DECODE_TOKENS, DECODE_TOKENS + 1])
 def test_a_captured_graph_follows_new_input(tokens: int, seed: int) -> None:
     experts, routed = _experts(seed), _routed(seed, tokens, torch.bfloat16)
-    table = places(experts.layout, DEVICE)
-    moe(*routed, experts, table)
+    taken = in_kernel_order(experts)
+    moe(*routed, taken)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = moe(*routed, experts, table)
+        out = moe(*routed, taken)
     for old, new in zip(routed, _routed(seed + 1, tokens, torch.bfloat16), strict=True):
         old.copy_(new)
     out.fill_(float("nan"))
     graph.replay()
-    assert torch.equal(out, moe(*routed, experts, table))
+    assert torch.equal(out, moe(*routed, taken))
     assert _error(out, reference_moe(routed[0].float(), *routed[1:], experts)) < LIMIT[torch.bfloat16]

@@ -212,17 +212,25 @@ def _collectives(worker: Any) -> str:
 def check_operator(seed: int) -> None:
     """torch's own checks of a custom operator (schema, fake implementation, dispatch), and its result."""
     from random_experts import GEOMETRY, random_experts
+    from vqserve.kernels.experts import codeword_table
     from vqserve.kernels.vq_moe.cpu import TabledExperts, moe
     from vqserve.vllm_plugin import ops
 
     experts, generator = random_experts(seed), torch.Generator().manual_seed(seed)
     x = torch.randn(5, GEOMETRY.hidden_size, generator=generator).bfloat16()
     weights, ids = torch.rand(5, 2, generator=generator), torch.randint(8, (5, 2), generator=generator)
-    books = list(experts.codebooks.values())
-    tables = [table for book in books for table in (book.base, book.refinement) if table is not None]
+    words = codeword_table(experts.codebooks, x.device)
     buffers = [experts.buffers[name] for name in BUFFERS]
-    tiers, layout = "".join(book.tier.id for book in books), ops.add_layout(experts.layout)
-    arguments = (x, weights, ids.int(), buffers, tables, tiers, layout, None)
+    arguments = (
+        x,
+        weights,
+        ids.int(),
+        buffers,
+        words,
+        "".join(experts.codebooks),
+        ops.add_layout(experts.layout),
+        None,
+    )
     torch.library.opcheck(torch.ops.vqserve.moe.default, arguments)
     tabled = TabledExperts(experts.layout, experts.buffers, experts.codebooks)
     assert torch.equal(torch.ops.vqserve.moe(*arguments), moe(x, weights, ids, tabled))

@@ -1,54 +1,16 @@
 """What the Triton kernels share: where planes lie, and codewords and activations unpacked from 64-bit words.
 
-A code is looked up as one or two 64-bit words of four fp16 weights each. The planes are read where the checkpoint's
-order puts them: column group by column group, code c of row r at `r * row_stride + group * group_stride + c % (128/d)`.
+A code is looked up as one or two 64-bit words of four fp16 weights each. The planes are in the order of
+`kernels.repack.order`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from vqserve.format.config import PROJECTIONS
-from vqserve.format.flat import FlatLayout
-from vqserve.format.tiers import TIERS
-from vqserve.reference.dequantize import Codebook
-
-ENTRY = 4
-"""Numbers per projection in a table of places: tier (index of `TIERS`), first code, refinement byte and scale."""
-
-
-def places(layout: FlatLayout, device: torch.device) -> Tensor:
-    """The table of places: int64 [experts, gate | up | down, `ENTRY`] on `device`."""
-    letters = list(TIERS)
-    rows = [
-        [
-            [letters.index(slot.tier.id), slot.codes, slot.refinement if slot.tier.refinement_rows else 0, slot.scales]
-            for slot in (row[proj] for proj in PROJECTIONS)
-        ]
-        for row in layout.slots
-    ]
-    return torch.tensor(rows, dtype=torch.int64).to(device)
-
-
-def codeword_tables(codebooks: Mapping[str, Codebook], unused: Tensor) -> list[Tensor]:
-    """The codebooks as 64-bit words: base and refinement of tier a, b, c, d in turn, those there are in any layer.
-
-    Args:
-        codebooks: Tier id to codebook of the tiers that a layer uses.
-        unused: What stands for a tier that it does not use; never read.
-    """
-    tables = []
-    for letter, tier in TIERS.items():
-        book = codebooks.get(letter)
-        tables.append(unused if book is None else book.base.view(torch.int64))
-        if tier.refinement_rows:
-            tables.append(unused if book is None or book.refinement is None else book.refinement.view(torch.int64))
-    return tables
+TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 @triton.jit
@@ -56,10 +18,16 @@ def planes_at(place, codes, refinements, scales):
     """Tier of the matrix whose place is given, and where its codes, refinements and scales begin."""
     return (
         tl.load(place),
-        codes + tl.load(place + 1),
-        refinements + tl.load(place + 2),
-        scales + tl.load(place + 3),
+        codes + tl.load(place + 1).to(tl.int64) * 64,
+        refinements + tl.load(place + 2).to(tl.int64) * 64,
+        scales + tl.load(place + 3).to(tl.int64) * 32,
     )
+
+
+@triton.jit
+def base_of(codebooks, TIER: tl.constexpr):
+    """A tier's first 64-bit word in the table of codewords."""
+    return codebooks + (512 * (TIER > 0) + 544 * (TIER > 1) + 256 * (TIER > 2))
 
 
 @triton.jit
@@ -72,28 +40,37 @@ def local_expert(ids, at, expert_map, MAPPED: tl.constexpr):
 
 
 @triton.jit
-def code_offsets(code, row, rows, columns, D: tl.constexpr, DOWN: tl.constexpr):
-    """Offset of codes in their plane; refinements lie at half of it."""
-    PER: tl.constexpr = 128 // D
-    if DOWN:
-        return (code // PER * rows + row) * PER + code % PER
-    else:
-        return row * (columns // D) + code
+def indices(codes, refinements, code, row, rows, number, REFINED: tl.constexpr):
+    """Base and refinement codes of rows and codes that broadcast; those from `number` on are 0.
 
-
-@triton.jit
-def scale_offsets(group, row, rows, columns, DOWN: tl.constexpr):
-    """Offset of the scales of a group of 128 columns."""
-    if DOWN:
-        return group * rows + row
+    Args:
+        codes: Pointer to the matrix's codes, uint8.
+        refinements: Pointer to its refinements.
+        code: Which codes of a row.
+        row: Which rows.
+        rows: The matrix's rows.
+        number: The codes of a row.
+        REFINED: Whether the tier has a refinement; if not, the second result is the first.
+    """
+    strip, lane, block, inside = code // 32, row % 32, row // 32, code < number
+    byte = (code - lane) & 15
+    half = strip * 32 + 32 > number
+    phases = tl.where(half, 1, 2)
+    phase = tl.where(half, 0, (code // 16 & 1) ^ (lane // 16))
+    at = strip * rows * 32 + (block * phases + phase) * 512 + lane * 16 + byte
+    index = tl.load(codes + at, mask=inside, other=0).to(tl.int32)
+    if REFINED:
+        first = strip * rows * 16 + (block * 32 + lane) * phases * 8 + phase * 8
+        pair = tl.load(refinements + first + byte // 8 * 4 + byte % 4, mask=inside, other=0).to(tl.int32)
+        return index, (pair >> (byte // 4 % 2 * 4)) & 15
     else:
-        return row * (columns // 128) + group
+        return index, index
 
 
 @triton.jit
 def half_of(word, i: tl.constexpr):
-    """The i-th fp16 number of 64-bit words, as fp32."""
-    return (word >> (16 * i)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    """The i-th fp16 number of 64-bit words."""
+    return (word >> (16 * i)).to(tl.int16).to(tl.float16, bitcast=True)
 
 
 @triton.jit
@@ -104,14 +81,7 @@ def input_of(word, i: tl.constexpr, DTYPE: tl.constexpr):
     elif DTYPE.is_bf16():
         return ((word >> (16 * i)).to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
-        return half_of(word, i)
-
-
-@triton.jit
-def tf32_of(x):
-    """fp32 numbers rounded to tf32, ties to even. Tensor cores only cut the surplus bits off: a bias."""
-    bits = x.to(tl.int32, bitcast=True)
-    return ((bits + 0xFFF + ((bits >> 13) & 1)) & -0x2000).to(tl.float32, bitcast=True)
+        return half_of(word, i).to(tl.float32)
 
 
 @triton.jit

@@ -26,6 +26,11 @@ from vqserve.format.flat import BUFFERS, buffer_name, flat_layout
 from vqserve.format.geometry import Geometry
 from vqserve.format.layout import check_shardable, codebook_specs, expert_specs, shard_slice
 from vqserve.format.names import expert_tensor, parse_expert_tensor
+from vqserve.format.tiers import TIERS
+from vqserve.kernels.experts import codeword_table
+from vqserve.kernels.repack.order import repack
+from vqserve.reference.dequantize import Codebook
+from vqserve.reference.moe import Experts
 from vqserve.vllm_plugin import ops
 from vqserve.vllm_plugin.loading import LoadRecord, check_finite
 
@@ -47,6 +52,7 @@ class MixedVQMoEMethod(FusedMoEMethodBase):
         self.module = module
         self.geometry = geometry
         self.tiers = "".join(tier.id for tier in module.used_tiers())
+        self._codewords: Tensor | None = None
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
         return None  # describes weights for vLLM's own kernels; ours are not
@@ -125,14 +131,26 @@ class MixedVQMoEMethod(FusedMoEMethodBase):
             self._record.note(name)
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
-        """Ends a load.
+        """Ends a load: on a GPU brings the planes into the kernels' order.
 
         Raises:
             TensorError: A tensor of this rank's has not arrived, or scales or a codebook are not finite.
         """
-        if not (self._dummy and self._record.empty):
+        loaded = not (self._dummy and self._record.empty)
+        if loaded:
             self._record.close()
             self._check_values(layer)
+        parts = iter(getattr(layer, name).data for name in self._codebook_names)
+        used = [TIERS[letter] for letter in self.tiers]
+        books = {t.id: Codebook(t, next(parts), next(parts) if t.refinement_rows else None) for t in used}
+        buffers = {name: getattr(layer, _parameter(name)).data for name in BUFFERS}
+        table = codeword_table(books, buffers[BUFFERS[0]].device)
+        if self._codewords is None:
+            self._codewords = table
+        else:
+            self._codewords.copy_(table)  # a reload: CUDA graphs know the first one's address
+        if loaded and table.is_cuda:
+            repack(Experts(self.layout, buffers, books))
 
     def _check_values(self, layer: RoutedExperts) -> None:
         stem = f"{self.module.name}.routed_experts"
@@ -158,10 +176,9 @@ class MixedVQMoEMethod(FusedMoEMethodBase):
     ) -> Tensor:
         """The routed experts' sum for x [T, H], not reduced over ranks; vLLM adds shared experts and scaling."""
         buffers = [getattr(layer, _parameter(name)) for name in BUFFERS]
-        codebooks = [getattr(layer, name) for name in self._codebook_names]
         moe = torch.ops.vqserve.moe
         out: Tensor = moe(
-            x, topk_weights, topk_ids, buffers, codebooks, self.tiers, self._layout_number, layer.expert_map
+            x, topk_weights, topk_ids, buffers, self._codewords, self.tiers, self._layout_number, layer.expert_map
         )
         return out
 

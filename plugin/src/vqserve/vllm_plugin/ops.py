@@ -9,10 +9,8 @@ from torch import Tensor
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from vqserve.format.flat import BUFFERS, FlatLayout
-from vqserve.format.tiers import TIERS
+from vqserve.kernels.experts import KernelExperts, codebooks_of, places
 from vqserve.kernels.vq_moe import cpu
-from vqserve.reference.dequantize import Codebook
-from vqserve.reference.moe import Experts
 
 _LIBRARY = torch.library.Library("vqserve", "FRAGMENT")
 _LAYOUTS: list[FlatLayout] = []
@@ -29,7 +27,7 @@ def moe(
     topk_weights: Tensor,
     topk_ids: Tensor,
     buffers: list[Tensor],
-    codebooks: list[Tensor],
+    codewords: Tensor,
     tiers: str,
     layout: int,
     expert_map: Tensor | None,
@@ -42,8 +40,9 @@ def moe(
         x: [T, H], bf16, fp16 or fp32.
         topk_weights: fp32 [T, k].
         topk_ids: int32 or int64 [T, k], global expert ids; -1 is skipped.
-        buffers: The six flat buffers in the order of `format.flat.BUFFERS`.
-        codebooks: fp16, base and, if the tier has one, refinement of each of `tiers` in turn.
+        buffers: The six flat buffers in the order of `format.flat.BUFFERS`: on a GPU in the kernels' order, elsewhere
+            in the checkpoint's.
+        codewords: fp16, all codebooks, from `kernels.experts.codeword_table`.
         tiers: Ids of the tiers that the layer uses.
         layout: Number of the experts' layout, from `add_layout`.
         expert_map: Global to local expert id, -1 for another rank's; None if all are local.
@@ -51,21 +50,19 @@ def moe(
     Returns:
         [T, H] in x's dtype, not reduced over ranks.
     """
-    parts = iter(codebooks)
-    books = {t: Codebook(TIERS[t], next(parts), next(parts) if TIERS[t].refinement_rows else None) for t in tiers}
-    flat = dict(zip(BUFFERS, buffers, strict=True))
     if not x.is_cuda:
-        return cpu.moe(x, topk_weights, topk_ids, cpu.TabledExperts(_LAYOUTS[layout], flat, books), expert_map)
+        flat = dict(zip(BUFFERS, buffers, strict=True))
+        stored = cpu.TabledExperts(_LAYOUTS[layout], flat, codebooks_of(codewords, tiers))
+        return cpu.moe(x, topk_weights, topk_ids, stored, expert_map)
     from vqserve.kernels.moe import moe as kernels_moe  # needs triton, which CPUs' environments lack
 
-    experts = Experts(_LAYOUTS[layout], flat, books)
-    return kernels_moe(x, topk_weights, topk_ids, experts, _places(layout, x.device), expert_map)
+    down = _LAYOUTS[layout].slots[0]["down_proj"]
+    experts = KernelExperts(tuple(buffers), _places(layout, x.device), codewords, down.rows, down.columns)
+    return kernels_moe(x, topk_weights, topk_ids, experts, expert_map)
 
 
 @cache
 def _places(layout: int, device: torch.device) -> Tensor:
-    from vqserve.kernels.planes import places
-
     return places(_LAYOUTS[layout], device)
 
 
@@ -74,7 +71,7 @@ def _moe_fake(
     topk_weights: Tensor,
     topk_ids: Tensor,
     buffers: list[Tensor],
-    codebooks: list[Tensor],
+    codewords: Tensor,
     tiers: str,
     layout: int,
     expert_map: Tensor | None,

@@ -5,8 +5,8 @@ the device knows, so the grid has room for the most there can be. Every block de
 slice of the hidden size at a time, so that the products kept for the sum over a token's choices stay below `WORKSPACE`;
 that sum is taken in the order of the choices.
 
-Products are taken in tf32, which holds fp16 and bf16 activations and fp16 codewords exactly; an additive tier's sums
-and h are rounded to it, scales multiply fp32 sums. Measured on one H200: 18 TFLOP/s at 512 to 4096 tokens, width 2048.
+Products are taken in fp16 with fp32 sums: codewords are fp16 as they are, sums of two are rounded to it, activations
+and h are brought into its range by a power of two per row and, for h, per 128 columns. Scales multiply fp32 sums.
 Rejected: operands in bf16. Rounding codewords and h to it gave a relative error of 3.8e-3 (one H200, 2026-11-24), where
 rounding the result alone gives 1.7e-3.
 """
@@ -20,103 +20,106 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vqserve.format.flat import BUFFERS
-from vqserve.kernels.planes import (
-    code_offsets,
-    codeword_tables,
-    half_of,
-    input_of,
-    local_expert,
-    planes_at,
-    scale_offsets,
-    silu,
-    tf32_of,
-)
-from vqserve.kernels.vq_moe.triton import TRITON_DTYPES
-from vqserve.reference.moe import Experts
+from vqserve.kernels.experts import KernelExperts
+from vqserve.kernels.planes import base_of, half_of, indices, local_expert, planes_at, silu
 
-ROWS = 64
-"""Rows of a weight matrix per block; divides every number of rows."""
-TOKENS = (16, 32, 64)
+ROWS = 128
+"""Rows of a weight matrix per block: a group of down's columns."""
+TOKENS = (16, 32)
 """Pairs per block to choose from: the least that holds an expert's average share."""
-WARPS = 4
+WARPS = 8
 WORKSPACE = 128 << 20
 """Bytes of products before the sum over a token's choices."""
 
 
 @triton.jit
+def _power_of_two(most):
+    """Brings numbers of at most `most` below 2^11, near it: a power of two, and its reciprocal."""
+    exponent = tl.maximum((most.to(tl.int32, bitcast=True) >> 23) & 255, 11)
+    return ((264 - exponent) << 23).to(tl.float32, bitcast=True), ((exponent - 10) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def to_half(x, y, factors, columns, BLOCK: tl.constexpr):
+    """x[row] = y[row] * factors[row] for a row per program: y in fp16."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    values = tl.load(x + row * columns + at, mask=at < columns, other=0).to(tl.float32)
+    scale, factor = _power_of_two(tl.max(tl.abs(values), axis=0))
+    tl.store(y + row * columns + at, (values * scale).to(tl.float16), mask=at < columns)
+    tl.store(factors + row, factor)
+
+
+@triton.jit
 def _tile(
-    x, x_row, codes, refinements, scales, base, fine, row, rows, columns, inside,
-    D: tl.constexpr, REFINED: tl.constexpr, DOWN: tl.constexpr, DTYPE: tl.constexpr,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    x, x_row, factors, codes, refinements, scales, base, row, rows, columns, inside,
+    D: tl.constexpr, REFINED: tl.constexpr, FACTORS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """x W^T for a block: fp32 [TOKENS, ROWS]. x points to 64-bit words, x_row [TOKENS] says which of its rows."""
-    PER: tl.constexpr = 128 // D
-    PER_WORD: tl.constexpr = 64 // DTYPE.primitive_bitwidth
-    total = tl.zeros([TOKENS, ROWS], tl.float32)
+    """W x for a block: fp32 [ROWS, TOKENS].
+
+    x points to 64-bit words, x_row [TOKENS] says which of its rows. FACTORS: each 128 columns of a row have their own.
+    """
+    total = tl.zeros([ROWS, TOKENS], tl.float32)
     for group in range(columns // 128):
-        code = group * PER + tl.arange(0, PER)
-        at = code_offsets(code[:, None], row[None, :], rows, columns, D, DOWN)
-        index = tl.load(codes + at).to(tl.int32)
-        if REFINED:
-            nibble = (tl.load(refinements + at // 2).to(tl.int32) >> (code[:, None] % 2 * 4)) & 15
-        part = tl.zeros([TOKENS, ROWS], tl.float32)
-        for quad in tl.static_range(D // 4):
-            word = tl.load(base + index * (D // 4) + quad)
-            if REFINED:
-                finer = tl.load(fine + nibble * (D // 4) + quad)
-            at_word = code * (D // PER_WORD) + quad * (4 // PER_WORD)
-            from_x = x + x_row[:, None] * (columns // PER_WORD) + at_word[None, :]
-            for i in tl.static_range(4):
-                if i % PER_WORD == 0:
-                    inputs = tl.load(from_x + i // PER_WORD, mask=inside[:, None], other=0)
-                weight = half_of(word, i)
+        part = tl.zeros([ROWS, TOKENS], tl.float32)
+        for step in tl.static_range(8 // D):  # 16 codes at a time: the least that tl.dot takes
+            code = group * (128 // D) + step * 16 + tl.arange(0, 16)
+            index, nibble = indices(codes, refinements, code[None, :], row[:, None], rows, columns // D, REFINED)
+            for quad in tl.static_range(D // 4):
+                word = tl.load(base + index * (D // 4) + quad)
                 if REFINED:
-                    weight = tf32_of(weight + half_of(finer, i))
-                part = tl.dot(input_of(inputs, i % PER_WORD, DTYPE), weight, part, input_precision="tf32")
-        scale = tl.load(scales + scale_offsets(group, row, rows, columns, DOWN))
-        total += part * scale.to(tl.float32)[None, :]
+                    finer = tl.load(base + 64 * D + nibble * (D // 4) + quad)
+                at = x_row[None, :] * (columns // 4) + (code * (D // 4) + quad)[:, None]
+                inputs = tl.load(x + at, mask=inside[None, :], other=0)
+                for i in tl.static_range(4):
+                    weight = half_of(word, i)
+                    if REFINED:
+                        weight += half_of(finer, i)
+                    part = tl.dot(weight, half_of(inputs, i), part)
+        part *= tl.load(scales + group * rows + row).to(tl.float32)[:, None]
+        if FACTORS:
+            part *= tl.load(factors + x_row * (columns // 128) + group, mask=inside, other=0)[None, :]
+        total += part
     return total
 
 
 @triton.jit
 def _project(
-    x, x_row, place, codes, refinements, scales, base_a, base_b, fine_b, base_c, base_d, fine_d,
-    row, rows, columns, inside,
-    DOWN: tl.constexpr, DTYPE: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    x, x_row, factors, place, codes, refinements, scales, codebooks, row, rows, columns, inside,
+    FACTORS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """`_tile` for the matrix whose place is given."""
     tier, codes, refinements, scales = planes_at(place, codes, refinements, scales)
     if tier == 0:
         tile = _tile(
-            x, x_row, codes, refinements, scales, base_a, base_a, row, rows, columns, inside,
-            8, False, DOWN, DTYPE, TOKENS, ROWS,
+            x, x_row, factors, codes, refinements, scales, base_of(codebooks, 0), row, rows, columns, inside,
+            8, False, FACTORS, TOKENS, ROWS,
         )  # fmt: skip
     elif tier == 1:
         tile = _tile(
-            x, x_row, codes, refinements, scales, base_b, fine_b, row, rows, columns, inside,
-            8, True, DOWN, DTYPE, TOKENS, ROWS,
+            x, x_row, factors, codes, refinements, scales, base_of(codebooks, 1), row, rows, columns, inside,
+            8, True, FACTORS, TOKENS, ROWS,
         )  # fmt: skip
     elif tier == 2:
         tile = _tile(
-            x, x_row, codes, refinements, scales, base_c, base_c, row, rows, columns, inside,
-            4, False, DOWN, DTYPE, TOKENS, ROWS,
+            x, x_row, factors, codes, refinements, scales, base_of(codebooks, 2), row, rows, columns, inside,
+            4, False, FACTORS, TOKENS, ROWS,
         )  # fmt: skip
     else:
         tile = _tile(
-            x, x_row, codes, refinements, scales, base_d, fine_d, row, rows, columns, inside,
-            4, True, DOWN, DTYPE, TOKENS, ROWS,
+            x, x_row, factors, codes, refinements, scales, base_of(codebooks, 3), row, rows, columns, inside,
+            4, True, FACTORS, TOKENS, ROWS,
         )  # fmt: skip
     return tile
 
 
 @triton.jit
 def gate_up(
-    x, h, order, starts, block_expert, block_first, places, codes, refinements, scales,
-    base_a, base_b, fine_b, base_c, base_d, fine_d, top_k, hidden, width,
-    DTYPE: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    x, factors, h, h_factors, order, starts, block_expert, block_first, places, codes, refinements, scales, codebooks,
+    top_k, hidden, width,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """h[position, rows] = silu(gate x) * up x for a block of positions in the sorted order."""
+    """h[position, rows] * h_factors[position] = silu(gate x) * up x for a block of positions in the sorted order."""
     expert = tl.load(block_expert + tl.program_id(1))
     if expert >= 0:
         position = tl.load(block_first + tl.program_id(1)) + tl.arange(0, TOKENS)
@@ -124,21 +127,26 @@ def gate_up(
         token = tl.load(order + position, mask=inside, other=0) // top_k
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         place = places + expert * 12
-        gate = _project(
-            x, token, place, codes, refinements, scales, base_a, base_b, fine_b, base_c, base_d, fine_d,
-            row, width, hidden, inside, False, DTYPE, TOKENS, ROWS,
+        factor = tl.load(factors + token, mask=inside, other=0)[None, :]
+        gate = factor * _project(
+            x, token, factors, place, codes, refinements, scales, codebooks, row, width, hidden, inside,
+            False, TOKENS, ROWS,
         )  # fmt: skip
-        up = _project(
-            x, token, place + 4, codes, refinements, scales, base_a, base_b, fine_b, base_c, base_d, fine_d,
-            row, width, hidden, inside, False, DTYPE, TOKENS, ROWS,
+        up = factor * _project(
+            x, token, factors, place + 4, codes, refinements, scales, codebooks, row, width, hidden, inside,
+            False, TOKENS, ROWS,
         )  # fmt: skip
-        tl.store(h + position[:, None] * width + row[None, :], tf32_of(silu(gate) * up), mask=inside[:, None])
+        product = silu(gate) * up
+        scale, factor = _power_of_two(tl.max(tl.abs(product), axis=0))
+        at = h + position[None, :] * width + row[:, None]
+        tl.store(at, (product * scale[None, :]).to(tl.float16), mask=inside[None, :])
+        tl.store(h_factors + position * (width // ROWS) + tl.program_id(0), factor, mask=inside)
 
 
 @triton.jit
 def down(
-    h, products, order, starts, block_expert, block_first, places, codes, refinements, scales,
-    base_a, base_b, fine_b, base_c, base_d, fine_d, first_row, slice_rows, hidden, width,
+    h, factors, products, order, starts, block_expert, block_first, places, codes, refinements, scales, codebooks,
+    first_row, slice_rows, hidden, width,
     TOKENS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """products[pair, rows of the slice] = down h for a block of positions in the sorted order."""
@@ -149,11 +157,10 @@ def down(
         pair = tl.load(order + position, mask=inside, other=0)
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         product = _project(
-            h, position, places + expert * 12 + 8, codes, refinements, scales,
-            base_a, base_b, fine_b, base_c, base_d, fine_d,
-            first_row + row, hidden, width, inside, True, tl.float32, TOKENS, ROWS,
+            h, position, factors, places + expert * 12 + 8, codes, refinements, scales, codebooks,
+            first_row + row, hidden, width, inside, True, TOKENS, ROWS,
         )  # fmt: skip
-        tl.store(products + pair[:, None] * slice_rows + row[None, :], product, mask=inside[:, None])
+        tl.store(products + pair[None, :] * slice_rows + row[:, None], product, mask=inside[None, :])
 
 
 @triton.jit
@@ -207,44 +214,44 @@ class Grouping:
 
 
 def moe(
-    x: Tensor, topk_weights: Tensor, topk_ids: Tensor, experts: Experts, places: Tensor, expert_map: Tensor | None
+    x: Tensor, topk_weights: Tensor, topk_ids: Tensor, experts: KernelExperts, expert_map: Tensor | None = None
 ) -> Tensor:
     """As `vqserve.kernels.moe.moe`."""
-    (tokens, hidden), top_k, number = x.shape, topk_ids.shape[1], len(experts.layout.slots)
-    width = experts.layout.slots[0]["down_proj"].columns
-    pairs = tokens * top_k
+    (tokens, hidden), top_k, number = x.shape, topk_ids.shape[1], len(experts.places)
+    width, pairs = experts.width, tokens * top_k
     block = next((size for size in TOKENS if size * number >= pairs), TOKENS[-1])
     group = Grouping.of(topk_ids, expert_map, number, block)
     grouping = (group.order, group.starts, group.block_expert, group.block_first)
-    buffers = [experts.buffers[name] for name in BUFFERS]
-    tables = codeword_tables(experts.codebooks, places)
+    codebooks = experts.codebooks.view(torch.int64)
     mapping, mapped = (topk_ids, False) if expert_map is None else (expert_map, True)
-    config = {"TOKENS": block, "ROWS": ROWS, "num_warps": WARPS}
-    h = torch.empty(pairs, width, dtype=torch.float32, device=x.device)
+    config = {"TOKENS": block, "ROWS": ROWS, "num_warps": WARPS, "num_stages": 1}
+    half, factors = _empty(tokens, hidden, x.device), _empty_factors(tokens, x.device)
+    to_half[tokens,](x, half, factors, hidden, BLOCK=triton.next_power_of_2(hidden), num_warps=8)
+    h, h_factors = _empty(pairs, width, x.device), _empty_factors(pairs * width // ROWS, x.device)
+    gate_up_planes, down_planes = experts.planes
     gate_up[width // ROWS, len(group.block_first)](
-        x.view(torch.int64), h, *grouping, places, *buffers[:3], *tables, top_k, hidden, width,
-        DTYPE=TRITON_DTYPES[x.dtype], **config,
+        half.view(torch.int64), factors, h, h_factors, *grouping, experts.places, *gate_up_planes, codebooks,
+        top_k, hidden, width, **config,
     )  # fmt: skip
     out = torch.empty_like(x)
-    slice_rows = min(hidden, max(1, WORKSPACE // (4 * pairs * 128)) * 128)
+    slice_rows = min(hidden, max(1, WORKSPACE // (4 * pairs * ROWS)) * ROWS)
     products = torch.empty(pairs * slice_rows, dtype=torch.float32, device=x.device)
     for first in range(0, hidden, slice_rows):
         rows = min(slice_rows, hidden - first)
         down[rows // ROWS, len(group.block_first)](
-            h.view(torch.int64),
-            products,
-            *grouping,
-            places,
-            *buffers[3:],
-            *tables,
-            first,
-            rows,
-            hidden,
-            width,
-            **config,
-        )
+            h.view(torch.int64), h_factors, products, *grouping, experts.places, *down_planes, codebooks,
+            first, rows, hidden, width, **config,
+        )  # fmt: skip
         combine[tokens, rows // ROWS](
             products, out, topk_ids, topk_weights, mapping, first, rows, top_k, hidden,
             MAPPED=mapped, ROWS=ROWS, num_warps=1,
         )  # fmt: skip
     return out
+
+
+def _empty(rows: int, columns: int, device: torch.device) -> Tensor:
+    return torch.empty(rows, columns, dtype=torch.float16, device=device)
+
+
+def _empty_factors(number: int, device: torch.device) -> Tensor:
+    return torch.empty(number, dtype=torch.float32, device=device)

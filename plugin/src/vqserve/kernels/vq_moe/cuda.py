@@ -7,90 +7,37 @@ input give the same bits. The work grows with the tokens, whether or not they sh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from ctypes import c_int, c_int64
-from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from vqserve.format.config import PROJECTIONS
-from vqserve.format.tiers import TIERS
+from vqserve.kernels.experts import KernelExperts
 from vqserve.kernels.nvrtc import Argument, load_kernel
-from vqserve.kernels.repack.records import matrix_bytes, pack_records
-from vqserve.reference.dequantize import Codebook
-from vqserve.reference.moe import Experts
 
 MAX_TOKENS = 8
 MAX_TOP_K = 16
 MAX_EXPERTS = 512
+DTYPES = (torch.bfloat16, torch.float16)
 THREADS = 512
-SHARED = 272 * 64 * 4 + 512 * 4 + 2 * MAX_EXPERTS * 4 + 6 * 4 + 64 * 4
+SHARED = 272 * 64 * 4 + 512 * 4 + 2 * MAX_EXPERTS * 16 + 6 * 4 + 8 + 32 * 20
 """Bytes of shared memory per block: `Memory` of lut.cu."""
 
 _SOURCE = ("vqserve.kernels.vq_moe", "lut.cu")
-_UNIT = 64
-"""Bytes that a matrix's place is a multiple of; every record's size is."""
 
 
-@dataclass(frozen=True)
-class LutExperts:
-    """The experts of one layer that live on this rank, in the kernel's order, and room for its sums.
-
-    Attributes:
-        weights: uint8, the experts' gate, up and down matrices in records, one after the other.
-        where: int32 [experts, 3], per matrix `place / 64 << 2 | tier`.
-        codebooks: fp16 [6336], tiers a to d, each base before its refinement; zeros for tiers that do not occur.
-        hidden: Inputs and outputs of an expert.
-        width: Rows of gate and up on this rank.
-        sums: int64, zero between calls: gate and up of every pair of token and expert, then outputs.
-        flags: int32 [16], zero between calls.
-    """
-
-    weights: Tensor
-    where: Tensor
-    codebooks: Tensor
-    hidden: int
-    width: int
-    sums: Tensor
-    flags: Tensor
-
-
-def prepare(experts: Experts) -> LutExperts:
-    """Repacks the experts of one layer, a matrix at a time, on the device that holds them."""
-    layout = experts.layout
-    hidden, width = layout.slots[0]["down_proj"].rows, layout.slots[0]["down_proj"].columns
-    assert width % 32 == 0, "the format's groups see to it"
-    assert len(layout.slots) <= MAX_EXPERTS
-    device = experts.buffers["gate_up_codes"].device
-    where, size = torch.empty(len(layout.slots), 3, dtype=torch.int64), 0
-    for expert, row in enumerate(layout.slots):
-        for at, proj in enumerate(PROJECTIONS):
-            slot = row[proj]
-            where[expert, at] = size // _UNIT << 2 | "abcd".index(slot.tier.id)
-            size += matrix_bytes(slot.tier, slot.rows, slot.columns)
-    assert size // _UNIT < 1 << 29, "places fit into int32"
-    weights, begin = torch.empty(size, dtype=torch.uint8, device=device), 0
-    for expert, row in enumerate(layout.slots):
-        for proj in PROJECTIONS:
-            records = pack_records(experts.planes(expert, proj), row[proj].tier, proj)
-            weights[begin : begin + len(records)] = records
-            begin += len(records)
-    return LutExperts(
-        weights,
-        where.int().to(device),
-        _all_codebooks(experts.codebooks, device),
-        hidden,
-        width,
-        torch.zeros(MAX_TOKENS * (2 * MAX_TOP_K * width + hidden), dtype=torch.int64, device=device),
-        torch.zeros(2 * MAX_TOKENS, dtype=torch.int32, device=device),
-    )
+def takes(tokens: int, top_k: int, experts: KernelExperts, dtype: torch.dtype) -> bool:
+    """Whether `moe` takes a call of this shape."""
+    return tokens <= MAX_TOKENS and top_k <= MAX_TOP_K and len(experts.places) <= MAX_EXPERTS and dtype in DTYPES
 
 
 def moe(
-    x: Tensor, topk_weights: Tensor, topk_ids: Tensor, experts: LutExperts, expert_map: Tensor | None = None
+    x: Tensor, topk_weights: Tensor, topk_ids: Tensor, experts: KernelExperts, expert_map: Tensor | None = None
 ) -> Tensor:
     """Sum over the routed experts of each token, weighted; computed in fp32.
+
+    Calls on one device share their sums: they must follow each other, on one stream or in one graph.
 
     Args:
         x: bf16 or fp16 [T, H], T from 0 to 8; rows are contiguous.
@@ -104,12 +51,10 @@ def moe(
         below 2^20 in magnitude is NaN.
     """
     tokens, top_k = topk_ids.shape
-    hidden, width, number = experts.hidden, experts.width, len(experts.where)
+    hidden, width, number = experts.hidden, experts.width, len(experts.places)
+    assert takes(tokens, top_k, experts, x.dtype)
     assert x.shape == (tokens, hidden)
     assert x.stride(1) == 1
-    assert x.dtype in (torch.bfloat16, torch.float16)
-    assert tokens <= MAX_TOKENS
-    assert top_k <= MAX_TOP_K
     assert topk_weights.dtype == torch.float32
     assert topk_ids.dtype in (torch.int32, torch.int64)
     assert topk_weights.is_contiguous()
@@ -121,24 +66,24 @@ def moe(
     device = x.device.index
     bf16, ids64 = c_int(x.dtype == torch.bfloat16), c_int(topk_ids.dtype == torch.int64)
     sizes = [c_int(size) for size in (tokens, top_k, hidden, width)]
-    gu, sums = experts.sums[: 2 * tokens * top_k * width], experts.sums[-MAX_TOKENS * hidden :]
-    tables: list[Argument] = [experts.weights, experts.where, experts.codebooks]
+    gu, sums, flags = _accumulators(x.device, hidden, width)
+    weights: list[list[Argument]] = [[*planes, experts.places, experts.codebooks] for planes in experts.planes]
     routed: list[Argument] = [topk_ids, ids64, expert_map]
     resident = _resident_blocks(device) * tokens
     load_kernel(*_SOURCE, "gate_up", device, SHARED).launch(
         max(resident, tokens * (2 * -(-hidden // 256) + 2 * -(-hidden // 512))),  # a block per table at least
         THREADS,
-        [*tables, x, c_int64(x.stride(0)), bf16, *routed, *sizes, c_int(number), gu, experts.flags],
+        [*weights[0], x, c_int64(x.stride(0)), bf16, *routed, *sizes, c_int(number), gu, flags],
     )
     load_kernel(*_SOURCE, "down", device, SHARED).launch(
         max(resident, tokens * top_k * -(-width // 256)),
         THREADS,
-        [*tables, *routed, topk_weights, *sizes, c_int(number), gu, sums, experts.flags],
+        [*weights[1], *routed, topk_weights, *sizes, c_int(number), gu, sums, flags],
     )
     load_kernel(*_SOURCE, "finish", device).launch(
         -(-max(tokens * hidden // 2, tokens * top_k * width) // 256),
         256,
-        [gu, sums, experts.flags, out, bf16, *sizes],
+        [gu, sums, flags, out, bf16, *sizes],
     )
     return out
 
@@ -149,12 +94,12 @@ def _resident_blocks(device: int) -> int:
     return properties.multi_processor_count * min(2, properties.shared_memory_per_multiprocessor // (SHARED + 1024))
 
 
-def _all_codebooks(codebooks: Mapping[str, Codebook], device: torch.device) -> Tensor:
-    parts = []
-    for letter, tier in TIERS.items():
-        size, book = (tier.base_rows + tier.refinement_rows) * tier.d, codebooks.get(letter)
-        if book is None:
-            parts.append(torch.zeros(size, dtype=torch.float16, device=device))
-        else:
-            parts += [table.flatten().to(device) for table in (book.base, book.refinement) if table is not None]
-    return torch.cat(parts)
+@cache
+def _accumulators(device: torch.device, hidden: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Zero between calls: int64 sums of gate and up of every pair, of outputs, and int32 flags per token."""
+    pairs = MAX_TOKENS * MAX_TOP_K
+    return (
+        torch.zeros(2 * pairs * width, dtype=torch.int64, device=device),
+        torch.zeros(MAX_TOKENS * hidden, dtype=torch.int64, device=device),
+        torch.zeros(2 * MAX_TOKENS, dtype=torch.int32, device=device),
+    )

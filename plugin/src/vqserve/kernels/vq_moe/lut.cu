@@ -4,7 +4,7 @@
 // memory; from then on a code costs one 4-byte look-up and one addition instead of a gather and d multiply-adds. A
 // table covers 64 codes' columns (64 KiB), a second one the 16 codewords of a refinement (4 KiB). One lane is one row;
 // lane l starts at column l, so that the 32 lanes of a warp always hit 32 banks. Codes are stored in that order
-// (kernels/repack/records.py), and the address of a look-up is one PRMT of code byte and column byte.
+// (kernels/repack/order.py), and the address of a look-up is one PRMT of code byte and column byte.
 //
 // Three kernels: `gate_up` adds into gu [pairs][gate, up][width], `down` reads silu(gate) * up * router weight and adds
 // into out [tokens][hidden], `finish` rounds to the output and leaves both accumulators zero for the next call.
@@ -29,8 +29,8 @@ typedef long long i64;
 #define LIMIT 1048576.0f          // 2^20
 #define TO_FIXED 68719476736.0f   // 2^36
 #define FROM_FIXED 1.4551915228366852e-11f
-// Two blocks fit on a Hopper multiprocessor; on sm_120 shared memory has room for one, which may use more registers.
-#define BLOCKS (__CUDA_ARCH__ >= 1200 ? 1 : 2)
+// Two blocks fit on a Hopper multiprocessor; elsewhere shared memory has room for one, which may use more registers.
+#define BLOCKS (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200 ? 2 : 1)
 
 // Tiers a, b, c, d. Codebooks lie behind each other in this order, each base before its refinement.
 __device__ __constant__ const int CODEBOOK[4] = {0, 2048, 4224, 5248};
@@ -47,12 +47,27 @@ struct Job {
     int choice;              // down: which pair of the token
     int begin, end;          // row blocks of 32; gate_up: of the group's matrices, one after the other
     int matrices;
-    u32 at[32];              // first byte / 64 of a matrix
+    int4 at[32];             // place of a matrix
     int row[32];             // accumulator row of its first row
 };
 
-__device__ __forceinline__ void wait_for_inputs() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+// Six buffers' half: of gate and up, or of down.
+struct Planes {
+    const u8 *codes, *refinements;
+    const u16* scales;
+};
+
+// Chips before Hopper run kernels strictly one after the other.
+__device__ __forceinline__ void wait_for_inputs() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 
 __device__ __forceinline__ float half_to_float(u16 bits) {
     float value;
@@ -65,10 +80,22 @@ __device__ __forceinline__ float input(const void* x, i64 at, int bf16) {
     return bf16 ? __uint_as_float((u32)bits << 16) : half_to_float(bits);
 }
 
-__device__ __forceinline__ uint4 load_stream(const u8* from) {
+__device__ __forceinline__ uint4 load_stream(const uint4* from) {
     uint4 v;
     asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+    return v;
+}
+
+__device__ __forceinline__ uint2 load_stream_8(const uint2* from) {
+    uint2 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from));
+    return v;
+}
+
+__device__ __forceinline__ u32 load_stream_2(const u16* from) {
+    u16 v;
+    asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=h"(v) : "l"(from));
     return v;
 }
 
@@ -98,10 +125,10 @@ __device__ __forceinline__ float look_up_refinement(u32 address) {
 struct Memory {
     float table[272][64];
     float x[512];
-    u32 where[2 * MAX_EXPERTS];
+    int4 where[2 * MAX_EXPERTS];
     Job job;
 };
-static_assert(sizeof(Memory) == 76056, "SHARED of cuda.py");
+static_assert(sizeof(Memory) == 88736, "SHARED of cuda.py");
 
 // Rows a group's columns are split into so that no block's share costs more than `limit`.
 __device__ __forceinline__ int parts(int cost, float limit) { return (int)ceilf(__fdividef((float)cost, limit)); }
@@ -150,7 +177,7 @@ template <bool DOWN>
 __device__ void find_job(Memory& m, const Shape& s, const void* ids, int ids64, const int* map, int lane) {
     constexpr int PER = DOWN ? 1 : 2;  // matrices per pair
     const int inner = DOWN ? s.width : s.hidden, rows = (DOWN ? s.hidden : s.width) / 32;
-    u32 entry[MAX_TOKENS];
+    int4 entry[MAX_TOKENS];
     int expert[MAX_TOKENS];
     #pragma unroll
     for (int t = 0; t < MAX_TOKENS; t++) {
@@ -167,8 +194,8 @@ __device__ void find_job(Memory& m, const Shape& s, const void* ids, int ids64, 
         int local = expert[t];
         if (map != nullptr && local >= 0) local = map[local];
         expert[t] = local;
-        entry[t] = local >= 0 ? m.where[local * PER + lane % PER] : 0;
-        const int tier = local >= 0 ? (int)(entry[t] & 3) : -1;
+        entry[t] = local >= 0 ? m.where[local * PER + lane % PER] : make_int4(-1, 0, 0, 0);
+        const int tier = entry[t].x;
         #pragma unroll
         for (int k = 0; k < 4; k++) {
             const u32 of_tier = __ballot_sync(~0u, tier == k);
@@ -187,7 +214,7 @@ __device__ void find_job(Memory& m, const Shape& s, const void* ids, int ids64, 
         if (t == group / 4 && (members >> lane & 1)) {
             const int rank = __popc(members & ((1u << lane) - 1));
             const int pair = t * s.top_k + lane / PER;
-            m.job.at[rank] = entry[t] >> 2;
+            m.job.at[rank] = entry[t];
             m.job.row[rank] = DOWN ? pair : (2 * pair + lane % PER) * s.width;
         }
     if (lane == 0) m.job.matrices = __popc(members);
@@ -253,26 +280,40 @@ __device__ __forceinline__ void build_tables(Memory& m, const u16* codebook, boo
     }
 }
 
-// 32 rows x 32 codes: per lane 32 bytes of codes, 16 of nibbles, one scale (d = 4) or two (d = 8).
+// A block of 32 rows x 32 codes: per lane 32 bytes of codes, 16 of nibbles, one scale (d = 4) or two (d = 8).
 template <int TIER>
 struct Record {
     static constexpr bool REFINED = TIER & 1;
     static constexpr int D = TIER < 2 ? 8 : 4;
-    static constexpr int SCALES = D == 8 ? 128 : 64, PLANES = REFINED ? 1536 : 1024, BYTES = PLANES + SCALES;
     uint4 codes[2], nibbles;
     u32 scales;
 
-    __device__ __forceinline__ void load(const u8* from, int lane) {
-        codes[0] = load_stream(from + 16 * lane);
-        codes[1] = load_stream(from + 512 + 16 * lane);
-        if constexpr (REFINED) nibbles = load_stream(from + 1024 + 16 * lane);
-        if constexpr (D == 8)
-            asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(scales) : "l"(from + PLANES + 4 * lane));
-        else {
-            u16 one;
-            asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=h"(one) : "l"(from + PLANES + 2 * lane));
-            scales = one;
+    // Block `row` of strip `strip` of a matrix of `rows` blocks; `half`: the strip has 16 codes.
+    __device__ __forceinline__ void load(const Planes& planes, int4 at, int strip, int row, int rows, bool half, int lane) {
+        // In elements of 16 bytes, and of 2 for scales: 32 bits hold them up to 32 and 8 GiB of a layer.
+        const uint4* code = (const uint4*)planes.codes + (u32)(at.y * 4 + strip * rows * 64 + lane);
+        const u32 nibble = at.z * 4 + strip * rows * 32, scale = at.w * 32 + row * 32 + lane;
+        const int upper = lane >> 4;
+        if constexpr (D == 4) {
+            scales = load_stream_2(planes.scales + (u32)(scale + strip * rows * 32));
+        } else {
+            if (half) {  // the columns of the first phase for the lower lanes, of the second for the upper ones
+                const uint4 zero = make_uint4(0, 0, 0, 0), some = load_stream(code + row * 32);
+                codes[0] = upper ? zero : some;
+                codes[1] = upper ? some : zero;
+                if constexpr (REFINED) {
+                    const uint2 some = load_stream_8((const uint2*)planes.refinements + (u32)(2 * nibble + row * 32 + lane));
+                    nibbles = upper ? make_uint4(0, 0, some.x, some.y) : make_uint4(some.x, some.y, 0, 0);
+                }
+                scales = load_stream_2(planes.scales + (u32)(scale + 2 * strip * rows * 32)) << 16 * upper;
+                return;
+            }
+            scales = load_stream_2(planes.scales + (u32)(scale + (2 * strip + upper) * rows * 32)) |
+                     load_stream_2(planes.scales + (u32)(scale + (2 * strip + 1 - upper) * rows * 32)) << 16;
         }
+        codes[0] = load_stream(code + row * 64);
+        codes[1] = load_stream(code + row * 64 + 32);
+        if constexpr (REFINED) nibbles = load_stream((const uint4*)planes.refinements + (u32)(nibble + row * 32 + lane));
     }
 
     static __device__ __forceinline__ void four(float (&sums)[2], u32 codes, u32 column, u32 nibble, u32 table) {
@@ -316,7 +357,7 @@ __device__ __forceinline__ void add_fixed(i64* to, float value, int* bad) {
 
 // The block's job for one tier: load the first records, build the tables, then look up.
 template <int TIER, bool DOWN>
-__device__ __forceinline__ void work(Memory& m, const Shape& s, const u8* weights, const u16* codebooks, const void* x,
+__device__ __forceinline__ void work(Memory& m, const Shape& s, Planes planes, const u16* codebooks, const void* x,
                                      i64 x_stride, int bf16, const float* router, i64* gu, i64* out, int* bad_gu,
                                      int* bad) {
     using R = Record<TIER>;
@@ -326,9 +367,9 @@ __device__ __forceinline__ void work(Memory& m, const Shape& s, const u8* weight
     const int inner = DOWN ? s.width : s.hidden, rows = (DOWN ? s.hidden : s.width) / 32;
     const int halves = (inner + 32 * D - 1) / (32 * D), tables = (halves + 1) / 2;
     const int member = DOWN ? job.table / tables : 0, table = DOWN ? job.table - member * tables : job.table;
-    const int here = min(halves - 2 * table, 2), half = here == 2 ? warp & 1 : 0;
+    const int here = min(halves - 2 * table, 2), half = here == 2 ? warp & 1 : 0, strip = 2 * table + half;
     const int step = WARPS / here, token = job.group >> 2;
-    const u8* from = weights + ((i64)table * rows * 2 + half) * R::BYTES;
+    const bool short_strip = strip * 32 * D + 16 * D == inner;
     const u32 magic = (u32)(0xffffffffu / (u32)rows) + 1;  // block / rows = high word of block * magic
 
     auto locate = [&](int block, int& which) {
@@ -338,7 +379,7 @@ __device__ __forceinline__ void work(Memory& m, const Shape& s, const u8* weight
     auto load = [&](R& record, int block) {
         int which;
         const int row = locate(block, which);
-        record.load(from + (i64)job.at[which] * 64 + (i64)row * here * R::BYTES, lane);
+        record.load(planes, job.at[which], strip, row, rows, short_strip, lane);
     };
 
     R record[DEPTH];
@@ -377,7 +418,7 @@ __device__ __forceinline__ void work(Memory& m, const Shape& s, const u8* weight
         #pragma unroll
         for (int k = 0; k < 4; k++) {
             const int j = 4 * i + k + lane;
-            columns[i] |= (u32)(D == 8 ? (j & 15) * 4 + (lane & 16) * 4 : (j & 31) * 4) << 8 * k;
+            columns[i] |= (u32)((j & 15) * 4 + (lane & 16) * 4) << 8 * k;
         }
     }
     int* flag = (DOWN ? bad : bad_gu) + token;
@@ -396,7 +437,7 @@ __device__ __forceinline__ void work(Memory& m, const Shape& s, const u8* weight
 }
 
 template <bool DOWN>
-__device__ __forceinline__ void experts(const u8* weights, const u32* where, const u16* codebooks, const void* x,
+__device__ __forceinline__ void experts(Planes planes, const int4* where, const u16* codebooks, const void* x,
                                         i64 x_stride, int bf16, const void* ids, int ids64, const int* map,
                                         const float* router, Shape s, i64* gu, i64* out, int* bad_gu, int* bad) {
     extern __shared__ __align__(1024) u8 dynamic[];
@@ -415,28 +456,29 @@ __device__ __forceinline__ void experts(const u8* weights, const u32* where, con
     __syncthreads();
     if (m.job.group < 0) return;
     switch (m.job.group & 3) {
-        case 0: work<0, DOWN>(m, s, weights, codebooks, x, x_stride, bf16, router, gu, out, bad_gu, bad); break;
-        case 1: work<1, DOWN>(m, s, weights, codebooks, x, x_stride, bf16, router, gu, out, bad_gu, bad); break;
-        case 2: work<2, DOWN>(m, s, weights, codebooks, x, x_stride, bf16, router, gu, out, bad_gu, bad); break;
-        default: work<3, DOWN>(m, s, weights, codebooks, x, x_stride, bf16, router, gu, out, bad_gu, bad);
+        case 0: work<0, DOWN>(m, s, planes, codebooks, x, x_stride, bf16, router, gu, out, bad_gu, bad); break;
+        case 1: work<1, DOWN>(m, s, planes, codebooks, x, x_stride, bf16, router, gu, out, bad_gu, bad); break;
+        case 2: work<2, DOWN>(m, s, planes, codebooks, x, x_stride, bf16, router, gu, out, bad_gu, bad); break;
+        default: work<3, DOWN>(m, s, planes, codebooks, x, x_stride, bf16, router, gu, out, bad_gu, bad);
     }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-gate_up(const u8* weights, const u32* where, const u16* codebooks, const void* x, i64 x_stride, int bf16,
-        const void* ids, int ids64, const int* map, int tokens, int top_k, int hidden, int width, int number, i64* gu,
-        int* flags) {
+gate_up(const u8* codes, const u8* refinements, const u16* scales, const int4* where, const u16* codebooks,
+        const void* x, i64 x_stride, int bf16, const void* ids, int ids64, const int* map, int tokens, int top_k,
+        int hidden, int width, int number, i64* gu, int* flags) {
     const Shape s = {tokens, top_k, hidden, width, number};
-    experts<false>(weights, where, codebooks, x, x_stride, bf16, ids, ids64, map, nullptr, s, gu, nullptr, flags,
-                   flags + MAX_TOKENS);
+    experts<false>({codes, refinements, scales}, where, codebooks, x, x_stride, bf16, ids, ids64, map, nullptr, s, gu,
+                   nullptr, flags, flags + MAX_TOKENS);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-down(const u8* weights, const u32* where, const u16* codebooks, const void* ids, int ids64, const int* map,
-     const float* router, int tokens, int top_k, int hidden, int width, int number, i64* gu, i64* out, int* flags) {
+down(const u8* codes, const u8* refinements, const u16* scales, const int4* where, const u16* codebooks,
+     const void* ids, int ids64, const int* map, const float* router, int tokens, int top_k, int hidden, int width,
+     int number, i64* gu, i64* out, int* flags) {
     const Shape s = {tokens, top_k, hidden, width, number};
-    experts<true>(weights, where, codebooks, nullptr, 0, 0, ids, ids64, map, router, s, gu, out, flags,
-                  flags + MAX_TOKENS);
+    experts<true>({codes, refinements, scales}, where, codebooks, nullptr, 0, 0, ids, ids64, map, router, s, gu, out,
+                  flags, flags + MAX_TOKENS);
 }
 
 // One thread per two outputs or two sums of gu; y is contiguous.
