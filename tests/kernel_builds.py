@@ -21,10 +21,10 @@ from vqserve.kernels.vq_gemm import triton as prefill
 from vqserve.kernels.vq_moe import triton as decode
 
 POINTERS = {
-    **dict.fromkeys(["x", "h", "order", "starts", "block_expert", "block_first", "codebooks"], "*i64"),
+    **dict.fromkeys(["x", "h", "codebooks"], "*i64"),
     **dict.fromkeys(["codes", "refinements"], "*u8"),
     **dict.fromkeys(["weights", "products", "factors", "h_factors"], "*fp32"),
-    **dict.fromkeys(["ids", "expert_map", "places"], "*i32"),
+    **dict.fromkeys(["ids", "expert_map", "places", "order", "experts", "firsts", "lasts"], "*i32"),
     "scales": "*fp16",
 }
 NAMES = {tl.bfloat16: "bf16", tl.float16: "fp16", tl.float32: "fp32"}

@@ -13,8 +13,6 @@ rounding the result alone gives 1.7e-3.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +20,7 @@ from torch import Tensor
 
 from vqserve.kernels.experts import KernelExperts
 from vqserve.kernels.planes import base_of, half_of, indices, local_expert, planes_at, silu
+from vqserve.kernels.vq_gemm.grouping import Grouping
 
 ROWS = 128
 """Rows of a weight matrix per block: a group of down's columns."""
@@ -115,16 +114,16 @@ def _project(
 
 @triton.jit
 def gate_up(
-    x, factors, h, h_factors, order, starts, block_expert, block_first, places, codes, refinements, scales, codebooks,
+    x, factors, h, h_factors, order, experts, firsts, lasts, places, codes, refinements, scales, codebooks,
     top_k, hidden, width,
     TOKENS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """h[position, rows] * h_factors[position] = silu(gate x) * up x for a block of positions in the sorted order."""
-    expert = tl.load(block_expert + tl.program_id(1))
+    expert = tl.load(experts + tl.program_id(1))
     if expert >= 0:
-        position = tl.load(block_first + tl.program_id(1)) + tl.arange(0, TOKENS)
-        inside = position < tl.load(starts + expert + 1)
-        token = tl.load(order + position, mask=inside, other=0) // top_k
+        position = (tl.load(firsts + tl.program_id(1)) + tl.arange(0, TOKENS)).to(tl.int64)
+        inside = position < tl.load(lasts + tl.program_id(1))
+        token = tl.load(order + position, mask=inside, other=0).to(tl.int64) // top_k
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         place = places + expert * 12
         factor = tl.load(factors + token, mask=inside, other=0)[None, :]
@@ -145,16 +144,16 @@ def gate_up(
 
 @triton.jit
 def down(
-    h, factors, products, order, starts, block_expert, block_first, places, codes, refinements, scales, codebooks,
+    h, factors, products, order, experts, firsts, lasts, places, codes, refinements, scales, codebooks,
     first_row, slice_rows, hidden, width,
     TOKENS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """products[pair, rows of the slice] = down h for a block of positions in the sorted order."""
-    expert = tl.load(block_expert + tl.program_id(1))
+    expert = tl.load(experts + tl.program_id(1))
     if expert >= 0:
-        position = tl.load(block_first + tl.program_id(1)) + tl.arange(0, TOKENS)
-        inside = position < tl.load(starts + expert + 1)
-        pair = tl.load(order + position, mask=inside, other=0)
+        position = (tl.load(firsts + tl.program_id(1)) + tl.arange(0, TOKENS)).to(tl.int64)
+        inside = position < tl.load(lasts + tl.program_id(1))
+        pair = tl.load(order + position, mask=inside, other=0).to(tl.int64)
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         product = _project(
             h, position, factors, places + expert * 12 + 8, codes, refinements, scales, codebooks,
@@ -179,40 +178,6 @@ def combine(
     tl.store(out + token * hidden + first_row + row, total)
 
 
-@dataclass(frozen=True)
-class Grouping:
-    """Pairs sorted by expert and cut into blocks, on the device.
-
-    Attributes:
-        order: int64 [pairs], the pair at each position; those without an expert on this rank come last.
-        starts: int64 [experts + 1], each expert's first position.
-        block_expert: int64 [most blocks], the block's expert; -1 for a block that is not needed.
-        block_first: int64 [most blocks], the block's first position.
-    """
-
-    order: Tensor
-    starts: Tensor
-    block_expert: Tensor
-    block_first: Tensor
-
-    @classmethod
-    def of(cls, topk_ids: Tensor, expert_map: Tensor | None, experts: int, tokens: int) -> Grouping:
-        """Groups pairs into blocks of `tokens`; shapes depend on shapes alone, and nothing waits for the device."""
-        expert = topk_ids.flatten().long()
-        if expert_map is not None:
-            expert = torch.where(expert < 0, -1, expert_map.long()[expert.clamp(min=0)])
-        ordered, order = torch.where(expert < 0, experts, expert).sort(stable=True)
-        numbers = torch.arange(experts + 1, device=expert.device)
-        starts = torch.searchsorted(ordered, numbers)
-        ends = ((starts.diff() + tokens - 1) // tokens).cumsum(0)  # of each expert's blocks
-        most = min(len(order), len(order) // tokens + experts)
-        block = torch.arange(most, device=expert.device)
-        of_block = torch.searchsorted(ends, block, right=True)
-        known = of_block.clamp(max=experts - 1)
-        first = starts[known] + (block - torch.where(known > 0, ends[known - 1], 0)) * tokens
-        return cls(order, starts, torch.where(of_block < experts, of_block, -1), first)
-
-
 def moe(
     x: Tensor, topk_weights: Tensor, topk_ids: Tensor, experts: KernelExperts, expert_map: Tensor | None = None
 ) -> Tensor:
@@ -221,7 +186,6 @@ def moe(
     width, pairs = experts.width, tokens * top_k
     block = next((size for size in TOKENS if size * number >= pairs), TOKENS[-1])
     group = Grouping.of(topk_ids, expert_map, number, block)
-    grouping = (group.order, group.starts, group.block_expert, group.block_first)
     codebooks = experts.codebooks.view(torch.int64)
     mapping, mapped = (topk_ids, False) if expert_map is None else (expert_map, True)
     config = {"TOKENS": block, "ROWS": ROWS, "num_warps": WARPS, "num_stages": 1}
@@ -229,8 +193,8 @@ def moe(
     to_half[tokens,](x, half, factors, hidden, BLOCK=triton.next_power_of_2(hidden), num_warps=8)
     h, h_factors = _empty(pairs, width, x.device), _empty_factors(pairs * width // ROWS, x.device)
     gate_up_planes, down_planes = experts.planes
-    gate_up[width // ROWS, len(group.block_first)](
-        half.view(torch.int64), factors, h, h_factors, *grouping, experts.places, *gate_up_planes, codebooks,
+    gate_up[width // ROWS, len(group.expert)](
+        half.view(torch.int64), factors, h, h_factors, *group.tensors, experts.places, *gate_up_planes, codebooks,
         top_k, hidden, width, **config,
     )  # fmt: skip
     out = torch.empty_like(x)
@@ -238,8 +202,8 @@ def moe(
     products = torch.empty(pairs * slice_rows, dtype=torch.float32, device=x.device)
     for first in range(0, hidden, slice_rows):
         rows = min(slice_rows, hidden - first)
-        down[rows // ROWS, len(group.block_first)](
-            h.view(torch.int64), h_factors, products, *grouping, experts.places, *down_planes, codebooks,
+        down[rows // ROWS, len(group.expert)](
+            h.view(torch.int64), h_factors, products, *group.tensors, experts.places, *down_planes, codebooks,
             first, rows, hidden, width, **config,
         )  # fmt: skip
         combine[tokens, rows // ROWS](
