@@ -43,6 +43,33 @@ def block_tokens(pairs: int, experts: int) -> int:
     return next((size for size in TOKENS if size * experts >= SPARE * pairs), TOKENS[-1])
 
 
+def group(topk_ids: Tensor, expert_map: Tensor | None, experts: int, tokens: int) -> Grouping:
+    """As `Grouping.of`; where positions and blocks are not needed the content is anything but an expert."""
+    pairs, device = topk_ids.numel(), topk_ids.device
+    if pairs > MAX_PAIRS or experts > MAX_EXPERTS:
+        return Grouping.of(topk_ids, expert_map, experts, tokens)
+    blocks = most_blocks(pairs, experts, tokens)
+    groups = Grouping(
+        *(torch.empty(size, dtype=torch.int32, device=device) for size in (pairs, blocks, blocks, blocks))
+    )
+    _kernel("group", device, tokens).launch(
+        1,
+        MAX_PAIRS,
+        [
+            topk_ids,
+            c_int(topk_ids.dtype == torch.int64),
+            expert_map,
+            *map(c_int, (pairs, experts, blocks)),
+            *groups.tensors,
+        ],
+    )
+    return groups
+
+
+def _kernel(name: str, device: torch.device, tokens: int, shared: int = 0) -> Kernel:
+    return load_kernel(*_SOURCE, name, device.index, shared, (f"TOKENS={tokens}",))
+
+
 def moe(
     x: Tensor, topk_weights: Tensor, topk_ids: Tensor, experts: KernelExperts, expert_map: Tensor | None = None
 ) -> Tensor:
@@ -68,18 +95,13 @@ def moe(
     routed: list[Argument] = [topk_ids, ids64, expert_map]
 
     def kernel(name: str, shared: int = 0) -> Kernel:
-        return load_kernel(*_SOURCE, name, device.index, shared, (f"TOKENS={block}",))
+        return _kernel(name, device, block, shared)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    if pairs <= MAX_PAIRS and number <= MAX_EXPERTS:
-        blocks = most_blocks(pairs, number, block)
-        group = Grouping(*(empty(size, dtype=torch.int32) for size in (pairs, blocks, blocks, blocks)))
-        kernel("group").launch(1, 1024, [*routed, *map(c_int, (pairs, number, blocks)), *group.tensors])
-    else:
-        group = Grouping.of(topk_ids, expert_map, number, block)
-    blocks = len(group.expert)
+    groups = group(topk_ids, expert_map, number, block)
+    blocks = len(groups.expert)
     half, factors = empty(tokens, hidden, dtype=torch.float16), empty(tokens)
     kernel("to_half").launch(tokens, 256, [x, c_int64(x.stride(0)), bf16, half, factors, c_int(hidden)])
     # A block reads all of its positions, also those behind its last one.
@@ -88,7 +110,7 @@ def moe(
     sizes = [c_int(size) for size in (top_k, hidden, width)]
     shared = shared_bytes(block)
     kernel("gate_up", shared).launch(
-        width // ROWS * blocks, THREADS, [*gate_up, half, factors, *group.tensors, h, h_factors, *sizes]
+        width // ROWS * blocks, THREADS, [*gate_up, half, factors, *groups.tensors, h, h_factors, *sizes]
     )
     out = torch.empty(tokens, hidden, dtype=x.dtype, device=device)
     slice_rows = min(hidden, max(1, WORKSPACE // (4 * pairs * ROWS)) * ROWS)
@@ -97,7 +119,7 @@ def moe(
         rows = min(slice_rows, hidden - first)
         parts = -(-rows // ROWS // REPEAT)
         part = [c_int(size) for size in (first, rows, REPEAT, hidden, width)]
-        kernel("down", shared).launch(parts * blocks, THREADS, [*down, h, h_factors, *group.tensors, products, *part])
+        kernel("down", shared).launch(parts * blocks, THREADS, [*down, h, h_factors, *groups.tensors, products, *part])
         kernel("combine").launch(
             -(-tokens * rows // 4 // 256),
             256,

@@ -29,7 +29,9 @@ typedef long long i64;
 #define ROWS 128
 #define MAX_PAIRS 1024
 #define MAX_EXPERTS 512
+#ifndef BLOCKS
 #define BLOCKS (TOKENS <= 16 ? 3 : 2)
+#endif
 
 // Tiers a, b, c, d. Codebooks lie behind each other in this order, each base before its refinement.
 __device__ __constant__ const int CODEBOOK[4] = {0, 2048, 4224, 5248};
@@ -191,28 +193,23 @@ __device__ __forceinline__ u32 aligned(u32 word, int lane, u32 shift) {
     return __funnelshift_r(word, next, shift);
 }
 
-// The codeword of byte S of `codes`: address `place` is this thread's copy of codeword 0.
+// The codeword of byte S of `codes`: `place` is where this thread's copy of codeword 0 lies in `table`.
 template <int D, int S>
-__device__ __forceinline__ void gather(u32 (&w)[D / 2], u32 codes, u32 place) {
-    const u32 at = ((S ? codes >> (8 * S - 7) : codes << 7) & 0x7f80) | place;
-    if constexpr (D == 4)
-        asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "r"(at));
-    else
-        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "r"(at));
-}
-template <int D, int S>
-__device__ __forceinline__ void gather_refinement(u32 (&w)[D / 2], u32 codes, u32 place) {
-    const u32 at = ((S ? codes >> (8 * S - 7) : codes << 7) & 0x780) | place;
-    if constexpr (D == 4)
-        asm volatile("ld.shared.v2.u32 {%0, %1}, [%2 + 32768];" : "=r"(w[0]), "=r"(w[1]) : "r"(at));
-    else
-        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4 + 32768];" : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "r"(at));
+__device__ __forceinline__ void gather(u32 (&w)[D / 2], const u8* table, u32 codes, u32 place) {
+    const u8* at = table + (((S ? codes >> (8 * S - 7) : codes << 7) & 0x7f80) | place);
+    if constexpr (D == 4) {
+        const uint2 v = *(const uint2*)at;
+        w[0] = v.x, w[1] = v.y;
+    } else {
+        const uint4 v = *(const uint4*)at;
+        w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
+    }
 }
 
 // One code of each of a thread's four rows times the activations of all tokens; x: of the code's columns.
 template <int D, bool REFINED, int S>
 __device__ __forceinline__ void step(float (&sums)[2][TILES][4], const u32 (&codes)[2][2], const u32 (&fine)[2][2],
-                                     u32 place, const u16* x, const u32 (&row)[TILES], u32 column) {
+                                     const Memory& m, u32 place, const u16* x, const u32 (&row)[TILES], u32 column) {
     u32 in[TILES][D / 2];
     #pragma unroll
     for (int t = 0; t < TILES; t++) {
@@ -230,10 +227,10 @@ __device__ __forceinline__ void step(float (&sums)[2][TILES][4], const u32 (&cod
         u32 w[2][D / 2];
         #pragma unroll
         for (int r = 0; r < 2; r++) {
-            gather<D, S>(w[r], codes[tile][r], place);
+            gather<D, S>(w[r], m.base, codes[tile][r], place);
             if constexpr (REFINED) {
                 u32 v[D / 2];
-                gather_refinement<D, S>(v, fine[tile][r], place);
+                gather<D, S>(v, m.refinement, fine[tile][r], place);
                 #pragma unroll
                 for (int i = 0; i < D / 2; i++) w[r][i] = add_halves(w[r][i], v[i]);
             }
@@ -249,8 +246,8 @@ __device__ __forceinline__ void step(float (&sums)[2][TILES][4], const u32 (&cod
 
 // One group of 128 columns: 32 rows times TOKENS tokens. x [tile] + columns: this thread's tokens' rows, fp16.
 template <int D, bool REFINED, bool FACTORED>
-__device__ __forceinline__ void add_group(float (&total)[2][TILES][4], const Codes<D, REFINED>& c, int group, u32 place,
-                                          u32 shift, bool upper, const u16* x, const u32 (&row)[TILES],
+__device__ __forceinline__ void add_group(float (&total)[2][TILES][4], const Codes<D, REFINED>& c, int group, const Memory& m,
+                                          u32 place,                                          u32 shift, bool upper, const u16* x, const u32 (&row)[TILES],
                                           const float* factors, int groups, int lane) {
     constexpr int HALVES = 8 / D;
     const int part = lane & 3;
@@ -269,10 +266,10 @@ __device__ __forceinline__ void add_group(float (&total)[2][TILES][4], const Cod
                 }
             }
         const u32 column = (group * HALVES + h) * 16 * D + part * 4 * D;
-        step<D, REFINED, 0>(sums, codes, fine, place, x, row, column);
-        step<D, REFINED, 1>(sums, codes, fine, place, x, row, column);
-        step<D, REFINED, 2>(sums, codes, fine, place, x, row, column);
-        step<D, REFINED, 3>(sums, codes, fine, place, x, row, column);
+        step<D, REFINED, 0>(sums, codes, fine, m, place, x, row, column);
+        step<D, REFINED, 1>(sums, codes, fine, m, place, x, row, column);
+        step<D, REFINED, 2>(sums, codes, fine, m, place, x, row, column);
+        step<D, REFINED, 3>(sums, codes, fine, m, place, x, row, column);
     }
     #pragma unroll
     for (int t = 0; t < TILES; t++)
@@ -291,13 +288,13 @@ __device__ __forceinline__ void add_group(float (&total)[2][TILES][4], const Cod
 
 // 32 rows of a matrix of one tier times TOKENS tokens.
 template <int TIER, bool FACTORED>
-__device__ __forceinline__ void product(float (&total)[2][TILES][4], const Planes& planes, int4 at, u32 table, int block,
+__device__ __forceinline__ void product(float (&total)[2][TILES][4], const Planes& planes, int4 at, const Memory& m, int block,
                                         int blocks, int columns, const u16* x, const u32 (&row)[TILES],
                                         const float* factors, int lane) {
     constexpr int D = TIER < 2 ? 8 : 4;
     constexpr bool REFINED = TIER & 1;
     const int groups = columns / 128, l = lane >> 2, quarter = (4 * (lane & 3) - l & 15) >> 2;
-    const u32 shift = 8 * (-l & 3), place = table + (D == 4 ? (lane & 15) * 8 : (lane & 7) * 16);
+    const u32 shift = 8 * (-l & 3), place = (D == 4 ? (lane & 15) * 8 : (lane & 7) * 16);
     Place p;
     p.codes = planes.codes + (i64)at.y * 64;
     p.refinements = planes.refinements + (i64)at.z * 64;
@@ -310,18 +307,15 @@ __device__ __forceinline__ void product(float (&total)[2][TILES][4], const Plane
         p.fine[r] = block * 512 + (l + 8 * r) * 16 + 2 * (word & 2);
     }
     const int whole = D == 8 ? groups & ~1 : groups;  // a last half strip has one phase
-    Codes<D, REFINED> ring[2];
-    if (0 < whole) ring[0].load(p, 0, blocks);
-    if (1 < whole) ring[1].load(p, 1, blocks);
+    Codes<D, REFINED> now, next;
+    if (0 < whole) now.load(p, 0, blocks);
+    if (1 < whole) next.load(p, 1, blocks);
     #pragma unroll 1
-    for (int first = 0; first < whole; first += 2)
-        #pragma unroll
-        for (int z = 0; z < 2; z++) {
-            const int group = first + z;
-            if (group >= whole) break;
-            add_group<D, REFINED, FACTORED>(total, ring[z], group, place, shift, p.upper, x, row, factors, groups, lane);
-            if (group + 2 < whole) ring[z].load(p, group + 2, blocks);
-        }
+    for (int group = 0; group < whole; group++) {
+        add_group<D, REFINED, FACTORED>(total, now, group, m, place, shift, p.upper, x, row, factors, groups, lane);
+        now = next;
+        if (group + 2 < whole) next.load(p, group + 2, blocks);
+    }
     if (whole < groups) {
         #pragma unroll
         for (int r = 0; r < 2; r++) {
@@ -329,18 +323,18 @@ __device__ __forceinline__ void product(float (&total)[2][TILES][4], const Plane
             p.code[r] = block * 512 + (l + 8 * r) * 16 + 4 * word;
             p.fine[r] = block * 256 + (l + 8 * r) * 8 + 2 * (word & 2);
         }
-        ring[0].load_alone(p, whole, blocks);
-        add_group<D, REFINED, FACTORED>(total, ring[0], whole, place, shift, p.upper, x, row, factors, groups, lane);
+        now.load_alone(p, whole, blocks);
+        add_group<D, REFINED, FACTORED>(total, now, whole, m, place, shift, p.upper, x, row, factors, groups, lane);
     }
 }
 
-__device__ __forceinline__ void project(float (&total)[2][TILES][4], const Planes& planes, int4 at, u32 table, int block,
+__device__ __forceinline__ void project(float (&total)[2][TILES][4], const Planes& planes, int4 at, const Memory& m, int block,
                                         int blocks, int columns, const u16* x, const u32 (&row)[TILES], int lane) {
     switch (at.x) {
-        case 0: product<0, false>(total, planes, at, table, block, blocks, columns, x, row, nullptr, lane); break;
-        case 1: product<1, false>(total, planes, at, table, block, blocks, columns, x, row, nullptr, lane); break;
-        case 2: product<2, false>(total, planes, at, table, block, blocks, columns, x, row, nullptr, lane); break;
-        default: product<3, false>(total, planes, at, table, block, blocks, columns, x, row, nullptr, lane);
+        case 0: product<0, false>(total, planes, at, m, block, blocks, columns, x, row, nullptr, lane); break;
+        case 1: product<1, false>(total, planes, at, m, block, blocks, columns, x, row, nullptr, lane); break;
+        case 2: product<2, false>(total, planes, at, m, block, blocks, columns, x, row, nullptr, lane); break;
+        default: product<3, false>(total, planes, at, m, block, blocks, columns, x, row, nullptr, lane);
     }
 }
 
@@ -366,11 +360,10 @@ gate_up(const u8* codes, const u8* refinements, const u16* scales, const int4* w
     u32 row[TILES];
     #pragma unroll
     for (int t = 0; t < TILES; t++) row[t] = order[min(first + 8 * t + (lane >> 2), last - 1)] / top_k * hidden;
-    const u32 table = (u32)__cvta_generic_to_shared(m.base);
     float total[2][TILES][4] = {};
     int4 at = where[expert * 3];
     load_codebook_of(m, codebooks, at.x);
-    project(total, planes, at, table, block, width / 32, hidden, x, row, lane);
+    project(total, planes, at, m, block, width / 32, hidden, x, row, lane);
     #pragma unroll
     for (int i = 0; i < 2; i++)
         #pragma unroll
@@ -382,7 +375,7 @@ gate_up(const u8* codes, const u8* refinements, const u16* scales, const int4* w
             }
     at = where[expert * 3 + 1];
     load_codebook_of(m, codebooks, at.x);
-    project(total, planes, at, table, block, width / 32, hidden, x, row, lane);
+    project(total, planes, at, m, block, width / 32, hidden, x, row, lane);
     let_next_start();
     #pragma unroll
     for (int t = 0; t < TILES; t++)
@@ -435,7 +428,7 @@ __device__ __forceinline__ void down_tiles(Memory& m, const Planes& planes, int4
     for (; tile < end; tile++) {
         float total[2][TILES][4] = {};
         const int block = tile * 4 + warp;
-        product<TIER, true>(total, planes, at, (u32)__cvta_generic_to_shared(m.base), first_row / 32 + block, hidden / 32,
+        product<TIER, true>(total, planes, at, m, first_row / 32 + block, hidden / 32,
                             width, h, row, factors, lane);
         #pragma unroll
         for (int t = 0; t < TILES; t++)
