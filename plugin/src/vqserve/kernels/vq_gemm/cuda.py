@@ -18,7 +18,7 @@ from vqserve.kernels.nvrtc import Argument, Kernel, load_kernel
 from vqserve.kernels.vq_gemm.grouping import Grouping, most_blocks
 
 DTYPES = (torch.bfloat16, torch.float16)
-TOKENS = (8, 16, 32)
+TOKENS = (8, 16, 24)
 """Pairs per block to choose from."""
 SPARE = 2
 """The block chosen is the smallest that holds as many times an expert's average share."""
@@ -105,9 +105,9 @@ def moe(
     half, factors = empty(tokens, hidden, dtype=torch.float16), empty(tokens)
     kernel("to_half").launch(tokens, 256, [x, c_int64(x.stride(0)), bf16, half, factors, c_int(hidden)])
     # A block reads all of its positions, also those behind its last one.
-    h, h_factors = empty(pairs + block, width, dtype=torch.float16), empty(pairs + block, width // ROWS)
+    h, h_factors = empty(pairs + block, width, dtype=torch.float16), empty(width // ROWS, pairs + block)
     gate_up, down = ([*planes, experts.places, experts.codebooks] for planes in experts.planes)
-    sizes = [c_int(size) for size in (top_k, hidden, width)]
+    sizes = [c_int(size) for size in (pairs + block, top_k, hidden, width)]
     shared = shared_bytes(block)
     kernel("gate_up", shared).launch(
         width // ROWS * blocks, THREADS, [*gate_up, half, factors, *groups.tensors, h, h_factors, *sizes]
@@ -118,7 +118,7 @@ def moe(
     for first in range(0, hidden, slice_rows):
         rows = min(slice_rows, hidden - first)
         parts = -(-rows // ROWS // REPEAT)
-        part = [c_int(size) for size in (first, rows, REPEAT, hidden, width)]
+        part = [c_int(size) for size in (pairs + block, first, rows, REPEAT, hidden, width)]
         kernel("down", shared).launch(parts * blocks, THREADS, [*down, h, h_factors, *groups.tensors, products, *part])
         kernel("combine").launch(
             -(-tokens * rows // 4 // 256),

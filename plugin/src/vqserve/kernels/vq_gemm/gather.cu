@@ -3,15 +3,15 @@
 //
 // A warp owns 32 rows of a matrix and TOKENS tokens; a block is four warps, 128 rows. With m16n8k16 a thread holds, for
 // two rows, four columns: one codeword of d = 4 weights each, or half of one of d = 8. So a code costs one read of
-// shared memory, 8 or 16 bytes, and nothing is moved afterwards. Which four columns a thread's share is, is free as long
-// as weights and activations agree; it is chosen so that four codes of a row are one 32-bit word.
+// shared memory, 8 or 16 bytes, and nothing is moved afterwards. Which four columns a thread's share is, is free as
+// long as weights and activations agree; it is chosen so that four codes of a row are one 32-bit word.
 //
 // Codebooks lie in shared memory 16 (d = 4) or 8 (d = 8) times, interleaved, so that the threads that are served at a
 // time read from different banks whatever their codes are: 128 bytes per codeword.
 //
-// Planes are in the order of kernels/repack/order.py: a row's codes are rotated by its number, so a word is put together
-// from two neighbours' (one shuffle, one shift). Sums are fp32; scales and the activations' factors multiply the sums of
-// each group of 128 columns. Order of summation depends on nothing but the sizes.
+// Planes are in the order of kernels/repack/order.py: a row's codes are rotated by its number, so a word is put
+// together from two neighbours' (one shuffle, one shift). Sums are fp32; scales and the activations' factors multiply
+// the sums of each group of 128 columns. The order of summation depends on nothing but the sizes.
 //
 // Kernels: `group` (up to 1024 pairs), `to_half`, `gate_up`, `down`, `combine`. TOKENS is defined per compilation.
 
@@ -29,8 +29,11 @@ typedef long long i64;
 #define ROWS 128
 #define MAX_PAIRS 1024
 #define MAX_EXPERTS 512
-#ifndef BLOCKS
-#define BLOCKS (TOKENS <= 16 ? 3 : 2)
+// As many blocks per multiprocessor as its shared memory holds, or as was fastest on an H100.
+#if __CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200
+#define BLOCKS 2
+#else
+#define BLOCKS (TOKENS == 8 ? 4 : 3)
 #endif
 
 // Tiers a, b, c, d. Codebooks lie behind each other in this order, each base before its refinement.
@@ -156,10 +159,12 @@ struct Codes {
                 const u32 phase = (D == 4 ? h : odd) ^ tile;
                 #pragma unroll
                 for (int r = 0; r < 2; r++) {
-                    word[h][tile][r] = load_stream(p.codes + (strip * blocks * 1024 + phase * 512 + p.code[r] + tile * 256));
-                    if constexpr (REFINED)
-                        nibble[h][tile][r] =
-                            load_stream(p.refinements + (strip * blocks * 512 + phase * 8 + p.fine[r] + tile * 256));
+                    const u32 code = strip * blocks * 1024 + phase * 512 + p.code[r] + tile * 256;
+                    word[h][tile][r] = load_stream(p.codes + code);
+                    if constexpr (REFINED) {
+                        const u32 fine = strip * blocks * 512 + phase * 8 + p.fine[r] + tile * 256;
+                        nibble[h][tile][r] = load_stream(p.refinements + fine);
+                    }
                 }
             }
         load_scales(p, group, blocks);
@@ -183,7 +188,8 @@ struct Codes {
         #pragma unroll
         for (int tile = 0; tile < 2; tile++)
             #pragma unroll
-            for (int r = 0; r < 2; r++) scale[tile][r] = load_scale(p.scales + (group * blocks * 32 + 16 * tile + 8 * r));
+            for (int r = 0; r < 2; r++)
+                scale[tile][r] = load_scale(p.scales + (group * blocks * 32 + 16 * tile + 8 * r));
     }
 };
 
@@ -244,11 +250,11 @@ __device__ __forceinline__ void step(float (&sums)[2][TILES][4], const u32 (&cod
     }
 }
 
-// One group of 128 columns: 32 rows times TOKENS tokens. x [tile] + columns: this thread's tokens' rows, fp16.
+// One group of 128 columns: 32 rows times TOKENS tokens. x [row + column]: a thread's tokens' activations, fp16.
 template <int D, bool REFINED, bool FACTORED>
-__device__ __forceinline__ void add_group(float (&total)[2][TILES][4], const Codes<D, REFINED>& c, int group, const Memory& m,
-                                          u32 place,                                          u32 shift, bool upper, const u16* x, const u32 (&row)[TILES],
-                                          const float* factors, int groups, int lane) {
+__device__ __forceinline__ void add_group(float (&total)[2][TILES][4], const Codes<D, REFINED>& c, int group,
+                                          const Memory& m, u32 place, u32 shift, bool upper, const u16* x,
+                                          const u32 (&row)[TILES], const float* factors, int stride, int lane) {
     constexpr int HALVES = 8 / D;
     const int part = lane & 3;
     float sums[2][TILES][4] = {};
@@ -275,7 +281,7 @@ __device__ __forceinline__ void add_group(float (&total)[2][TILES][4], const Cod
     for (int t = 0; t < TILES; t++)
         #pragma unroll
         for (int i = 0; i < 2; i++) {
-            const float factor = FACTORED ? __ldg(factors + (8 * t + i) * groups + group) : 1.0f;
+            const float factor = FACTORED ? __ldg(factors + (i64)group * stride + 8 * t + i) : 1.0f;
             #pragma unroll
             for (int tile = 0; tile < 2; tile++)
                 #pragma unroll
@@ -288,9 +294,9 @@ __device__ __forceinline__ void add_group(float (&total)[2][TILES][4], const Cod
 
 // 32 rows of a matrix of one tier times TOKENS tokens.
 template <int TIER, bool FACTORED>
-__device__ __forceinline__ void product(float (&total)[2][TILES][4], const Planes& planes, int4 at, const Memory& m, int block,
-                                        int blocks, int columns, const u16* x, const u32 (&row)[TILES],
-                                        const float* factors, int lane) {
+__device__ __forceinline__ void product(float (&total)[2][TILES][4], const Planes& planes, int4 at, const Memory& m,
+                                        int block, int blocks, int columns, const u16* x, const u32 (&row)[TILES],
+                                        const float* factors, int stride, int lane) {
     constexpr int D = TIER < 2 ? 8 : 4;
     constexpr bool REFINED = TIER & 1;
     const int groups = columns / 128, l = lane >> 2, quarter = (4 * (lane & 3) - l & 15) >> 2;
@@ -312,7 +318,7 @@ __device__ __forceinline__ void product(float (&total)[2][TILES][4], const Plane
     if (1 < whole) next.load(p, 1, blocks);
     #pragma unroll 1
     for (int group = 0; group < whole; group++) {
-        add_group<D, REFINED, FACTORED>(total, now, group, m, place, shift, p.upper, x, row, factors, groups, lane);
+        add_group<D, REFINED, FACTORED>(total, now, group, m, place, shift, p.upper, x, row, factors, stride, lane);
         now = next;
         if (group + 2 < whole) next.load(p, group + 2, blocks);
     }
@@ -324,17 +330,18 @@ __device__ __forceinline__ void product(float (&total)[2][TILES][4], const Plane
             p.fine[r] = block * 256 + (l + 8 * r) * 8 + 2 * (word & 2);
         }
         now.load_alone(p, whole, blocks);
-        add_group<D, REFINED, FACTORED>(total, now, whole, m, place, shift, p.upper, x, row, factors, groups, lane);
+        add_group<D, REFINED, FACTORED>(total, now, whole, m, place, shift, p.upper, x, row, factors, stride, lane);
     }
 }
 
-__device__ __forceinline__ void project(float (&total)[2][TILES][4], const Planes& planes, int4 at, const Memory& m, int block,
-                                        int blocks, int columns, const u16* x, const u32 (&row)[TILES], int lane) {
+__device__ __forceinline__ void project(float (&total)[2][TILES][4], const Planes& planes, int4 at, const Memory& m,
+                                        int block, int blocks, int columns, const u16* x, const u32 (&row)[TILES],
+                                        int lane) {
     switch (at.x) {
-        case 0: product<0, false>(total, planes, at, m, block, blocks, columns, x, row, nullptr, lane); break;
-        case 1: product<1, false>(total, planes, at, m, block, blocks, columns, x, row, nullptr, lane); break;
-        case 2: product<2, false>(total, planes, at, m, block, blocks, columns, x, row, nullptr, lane); break;
-        default: product<3, false>(total, planes, at, m, block, blocks, columns, x, row, nullptr, lane);
+        case 0: product<0, false>(total, planes, at, m, block, blocks, columns, x, row, nullptr, 0, lane); break;
+        case 1: product<1, false>(total, planes, at, m, block, blocks, columns, x, row, nullptr, 0, lane); break;
+        case 2: product<2, false>(total, planes, at, m, block, blocks, columns, x, row, nullptr, 0, lane); break;
+        default: product<3, false>(total, planes, at, m, block, blocks, columns, x, row, nullptr, 0, lane);
     }
 }
 
@@ -343,11 +350,11 @@ __device__ __forceinline__ void load_codebook_of(Memory& m, const u16* codebooks
     else load_codebook<4>(m, codebooks + CODEBOOK[tier], tier & 1);
 }
 
-// h [position, width] * h_factors [position, width / 128] = silu(gate x) * up x; x [token, hidden] * x_factors [token].
+// h [position, width] * h_factors [width / 128, position] = silu(gate x) * up x; x [token, hidden] * x_factors [token].
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 gate_up(const u8* codes, const u8* refinements, const u16* scales, const int4* where, const u16* codebooks,
         const u16* x, const float* x_factors, const int* order, const int* experts, const int* firsts, const int* lasts,
-        u16* h, float* h_factors, int top_k, int hidden, int width) {
+        u16* h, float* h_factors, int stride, int top_k, int hidden, int width) {
     extern __shared__ __align__(1024) u8 dynamic[];
     Memory& m = *(Memory*)dynamic;
     const Planes planes = {codes, refinements, scales};
@@ -403,10 +410,12 @@ gate_up(const u8* codes, const u8* refinements, const u16* scales, const int4* w
         #pragma unroll
         for (int c = 0; c < 2; c++) {
             const int token = 8 * t + 2 * (lane & 3) + c, position = first + token;
-            const float most = fmaxf(fmaxf(m.most[0][token], m.most[1][token]), fmaxf(m.most[2][token], m.most[3][token]));
+            float most = 0.0f;
+            #pragma unroll
+            for (int w = 0; w < 4; w++) most = fmaxf(most, m.most[w][token]);
             const float up = up_factor(most);
             if (position >= last) continue;
-            if (warp == 0 && lane < 4) h_factors[(i64)position * tiles + tile] = down_factor(most);
+            if (warp == 0 && lane < 4) h_factors[(i64)tile * stride + position] = down_factor(most);
             u16* to = h + (i64)position * width + block * 32 + (lane >> 2);
             #pragma unroll
             for (int i = 0; i < 2; i++)
@@ -418,8 +427,8 @@ gate_up(const u8* codes, const u8* refinements, const u16* scales, const int4* w
 // Tiles `tile` to `end` of 128 rows of one matrix of `down`; h, factors: of the thread's first token.
 template <int TIER>
 __device__ __forceinline__ void down_tiles(Memory& m, const Planes& planes, int4 at, const u16* h, const float* factors,
-                                           const int* order, int first, int last, float* products, int tile, int end,
-                                           int first_row, int slice_rows, int hidden, int width) {
+                                           int stride, const int* order, int first, int last, float* products, int tile,
+                                           int end, int first_row, int slice_rows, int hidden, int width) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     u32 row[TILES];
     #pragma unroll
@@ -429,7 +438,7 @@ __device__ __forceinline__ void down_tiles(Memory& m, const Planes& planes, int4
         float total[2][TILES][4] = {};
         const int block = tile * 4 + warp;
         product<TIER, true>(total, planes, at, m, first_row / 32 + block, hidden / 32,
-                            width, h, row, factors, lane);
+                            width, h, row, factors, stride, lane);
         #pragma unroll
         for (int t = 0; t < TILES; t++)
             #pragma unroll
@@ -449,11 +458,11 @@ __device__ __forceinline__ void down_tiles(Memory& m, const Planes& planes, int4
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 down(const u8* codes, const u8* refinements, const u16* scales, const int4* where, const u16* codebooks, const u16* h,
      const float* h_factors, const int* order, const int* experts, const int* firsts, const int* lasts, float* products,
-     int first_row, int slice_rows, int repeat, int hidden, int width) {
+     int stride, int first_row, int slice_rows, int repeat, int hidden, int width) {
     extern __shared__ __align__(1024) u8 dynamic[];
     Memory& m = *(Memory*)dynamic;
     const Planes planes = {codes, refinements, scales};
-    const int lane = threadIdx.x & 31, groups = width / ROWS, tiles = slice_rows / ROWS;
+    const int lane = threadIdx.x & 31, tiles = slice_rows / ROWS;
     const int parts = (tiles + repeat - 1) / repeat, part = blockIdx.x % parts, of = blockIdx.x / parts;
     wait_for_inputs();
     const int expert = experts[of];
@@ -463,9 +472,10 @@ down(const u8* codes, const u8* refinements, const u16* scales, const int4* wher
     load_codebook_of(m, codebooks, at.x);
     // Of positions from `last` on there is something to read too, and nothing is made of it.
     const u16* x = h + (i64)(first + (lane >> 2)) * width;
-    const float* factors = h_factors + (i64)(first + 2 * (lane & 3)) * groups;
+    const float* factors = h_factors + first + 2 * (lane & 3);
 #define TILES_OF(TIER) \
-    down_tiles<TIER>(m, planes, at, x, factors, order, first, last, products, tile, end, first_row, slice_rows, hidden, width)
+    down_tiles<TIER>(m, planes, at, x, factors, stride, order, first, last, products, tile, end, first_row, \
+                     slice_rows, hidden, width)
     switch (at.x) {
         case 0: TILES_OF(0); break;
         case 1: TILES_OF(1); break;
@@ -475,7 +485,7 @@ down(const u8* codes, const u8* refinements, const u16* scales, const int4* wher
     let_next_start();
 }
 
-// Half of what a router chose: the local number of an expert, -1 if there is none here.
+// The local number of the expert that a router chose, -1 if there is none here.
 __device__ __forceinline__ int local_expert(const void* ids, int ids64, const int* map, int at) {
     const int expert = ids64 ? (int)((const i64*)ids)[at] : ((const int*)ids)[at];
     return map != nullptr && expert >= 0 ? map[expert] : expert;
@@ -483,8 +493,8 @@ __device__ __forceinline__ int local_expert(const void* ids, int ids64, const in
 
 // One block: sorts up to 1024 pairs by expert, those of an expert in their order, and cuts them into blocks.
 extern "C" __global__ void __launch_bounds__(1024)
-group(const void* ids, int ids64, const int* map, int pairs, int number, int blocks, int* order, int* experts, int* firsts,
-      int* lasts) {
+group(const void* ids, int ids64, const int* map, int pairs, int number, int blocks, int* order, int* experts,
+      int* firsts, int* lasts) {
     __shared__ __align__(16) int chosen[MAX_PAIRS];
     __shared__ int count[MAX_EXPERTS], sums[2][MAX_EXPERTS];
     const int i = threadIdx.x;
@@ -538,7 +548,8 @@ to_half(const void* x, i64 x_stride, int bf16, u16* y, float* factors, int colum
     const i64 token = blockIdx.x;
     float largest = 0.0f;
     wait_for_inputs();
-    for (int i = threadIdx.x; i < columns; i += 256) largest = fmaxf(largest, fabsf(input(x, token * x_stride + i, bf16)));
+    for (int i = threadIdx.x; i < columns; i += 256)
+        largest = fmaxf(largest, fabsf(input(x, token * x_stride + i, bf16)));
     for (int d = 1; d < 32; d *= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, d));
     if ((threadIdx.x & 31) == 0) most[threadIdx.x >> 5] = largest;
     __syncthreads();

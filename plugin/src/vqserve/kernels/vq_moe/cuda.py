@@ -27,9 +27,9 @@ SHARED = 272 * 64 * 4 + 512 * 4 + 2 * MAX_EXPERTS * 16 + 6 * 4 + 8 + 32 * 20
 _SOURCE = ("vqserve.kernels.vq_moe", "lut.cu")
 
 
-def takes(tokens: int, top_k: int, experts: KernelExperts, dtype: torch.dtype) -> bool:
+def takes(tokens: int, top_k: int, experts: KernelExperts) -> bool:
     """Whether `moe` takes a call of this shape."""
-    return tokens <= MAX_TOKENS and top_k <= MAX_TOP_K and len(experts.places) <= MAX_EXPERTS and dtype in DTYPES
+    return tokens <= MAX_TOKENS and top_k <= MAX_TOP_K and len(experts.places) <= MAX_EXPERTS
 
 
 def moe(
@@ -52,7 +52,8 @@ def moe(
     """
     tokens, top_k = topk_ids.shape
     hidden, width, number = experts.hidden, experts.width, len(experts.places)
-    assert takes(tokens, top_k, experts, x.dtype)
+    assert takes(tokens, top_k, experts)
+    assert x.dtype in DTYPES
     assert x.shape == (tokens, hidden)
     assert x.stride(1) == 1
     assert topk_weights.dtype == torch.float32
