@@ -21,6 +21,16 @@ from vqserve.kernels.vq_gemm import triton as portable
 from vqserve.kernels.vq_moe import cuda as lut
 
 
+def compile_all(device: torch.device) -> None:
+    """Compiles and loads the kernels for half-precision activations, before a request has to wait for it.
+
+    Raises:
+        UsageError: NVRTC is missing or its results cannot be kept.
+    """
+    lut.load(device)
+    gather.load(device)
+
+
 def moe(
     x: Tensor, topk_weights: Tensor, topk_ids: Tensor, experts: KernelExperts, expert_map: Tensor | None = None
 ) -> Tensor:

@@ -66,7 +66,15 @@ def group(topk_ids: Tensor, expert_map: Tensor | None, experts: int, tokens: int
     return groups
 
 
-def _kernel(name: str, device: torch.device, tokens: int, shared: int = 0) -> Kernel:
+def load(device: torch.device) -> None:
+    """Compiles and loads the kernels."""
+    for tokens in TOKENS:
+        for name in ("group", "to_half", "gate_up", "down", "combine"):
+            _kernel(name, device, tokens)
+
+
+def _kernel(name: str, device: torch.device, tokens: int) -> Kernel:
+    shared = shared_bytes(tokens) if name in ("gate_up", "down") else 0
     return load_kernel(*_SOURCE, name, device.index, shared, (f"TOKENS={tokens}",))
 
 
@@ -94,8 +102,8 @@ def moe(
     bf16, ids64 = c_int(x.dtype == torch.bfloat16), c_int(topk_ids.dtype == torch.int64)
     routed: list[Argument] = [topk_ids, ids64, expert_map]
 
-    def kernel(name: str, shared: int = 0) -> Kernel:
-        return _kernel(name, device, block, shared)
+    def kernel(name: str) -> Kernel:
+        return _kernel(name, device, block)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -108,8 +116,7 @@ def moe(
     h, h_factors = empty(pairs + block, width, dtype=torch.float16), empty(width // ROWS, pairs + block)
     gate_up, down = ([*planes, experts.places, experts.codebooks] for planes in experts.planes)
     sizes = [c_int(size) for size in (pairs + block, top_k, hidden, width)]
-    shared = shared_bytes(block)
-    kernel("gate_up", shared).launch(
+    kernel("gate_up").launch(
         width // ROWS * blocks, THREADS, [*gate_up, half, factors, *groups.tensors, h, h_factors, *sizes]
     )
     out = torch.empty(tokens, hidden, dtype=x.dtype, device=device)
@@ -119,7 +126,7 @@ def moe(
         rows = min(slice_rows, hidden - first)
         parts = -(-rows // ROWS // REPEAT)
         part = [c_int(size) for size in (pairs + block, first, rows, REPEAT, hidden, width)]
-        kernel("down", shared).launch(parts * blocks, THREADS, [*down, h, h_factors, *groups.tensors, products, *part])
+        kernel("down").launch(parts * blocks, THREADS, [*down, h, h_factors, *groups.tensors, products, *part])
         kernel("combine").launch(
             -(-tokens * rows // 4 // 256),
             256,

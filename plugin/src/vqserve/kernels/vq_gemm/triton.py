@@ -2,8 +2,8 @@
 
 Pairs of token and expert are grouped by expert, weights dequantized on the way to tensor cores. How many blocks of
 pairs there are only the device knows, so the grid has room for the most there can be. Every block dequantizes its
-weights anew. down goes a slice of the hidden size at a time, so that the products kept for the sum over a token's choices stay
-below `WORKSPACE`; that sum is taken in the order of the choices.
+weights anew. down goes a slice of the hidden size at a time, so that the products kept for the sum over a token's
+choices stay below `WORKSPACE`; that sum is taken in the order of the choices.
 
 Products are taken in fp16 with fp32 sums: codewords are fp16 as they are, sums of two are rounded to it, activations
 and h are brought into its range by a power of two per row and, for h, per 128 columns. Scales multiply fp32 sums.
