@@ -11,11 +11,13 @@ from typing import Any
 
 from vqserve.arguments import positive
 from vqserve.checkpoint.assume import SEED_MIX
-from vqserve.format.errors import UsageError
+from vqserve.format.errors import CheckpointError, UsageError
 from vqserve.format.strict_json import parse_object
 from vqserve.format.tiers import TIERS
-from vqserve.tables import check_writable, print_table, write_json
+from vqserve.tables import check_writable, gib, print_table, write_json
 
+STOCK_EXPERTS = 32
+"""Routed experts of the model in vLLM's own 4 bit: 256 would not fit, and a single stream reads 8 of either."""
 BATCHES = (1, 2, 4, 8, 16, 64, 512, 4096)
 
 
@@ -41,6 +43,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kernels.add_argument("--seed", type=int, default=0, help="which codes and activations; default: %(default)s")
     kernels.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
     kernels.add_argument("--plot", type=Path, metavar="FILE", help="draw times against the card's limits")
+    model = tasks.add_parser(
+        "model",
+        help="a whole model of made-up weights at GLM-5.2's sizes, decoded by vLLM",
+        description="A whole model of made-up weights at GLM-5.2's sizes, decoded by vLLM: experts at the mix of the "
+        "published checkpoint, everything else in 4 bit as `vqserve encode` writes it.",
+    )
+    model.add_argument("--layers", type=positive, default=78, metavar="N", help="default: %(default)s")
+    model.add_argument(
+        "--rank-of", type=positive, default=1, metavar="N", help="what one of N tensor-parallel ranks computes, alone"
+    )
+    model.add_argument("--tp", type=positive, default=1, metavar="N", help="tensor-parallel ranks, a GPU each")
+    model.add_argument(
+        "--contexts", type=_numbers, default=(128, 2048), metavar="N,...", help="of a single stream; default: 128,2048"
+    )
+    model.add_argument(
+        "--batches", type=_numbers, default=(2, 4, 8, 16), metavar="N,...", help="streams at once; default: 2,4,8,16"
+    )
+    model.add_argument(
+        "--prompts", type=_numbers, default=(512, 2048), metavar="N,...", help="of a prompt alone; default: 512,2048"
+    )
+    model.add_argument("--stock", action="store_true", help="also vLLM's own 4 bit in everything, 32 experts of it")
+    model.add_argument("--utilization", type=float, default=0.92, metavar="X", help="of GPU memory; default: 0.92")
+    model.add_argument(
+        "--engine", type=_engine, default={}, metavar="JSON", help="further arguments of vllm.LLM, as an object"
+    )
+    model.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
+    model.add_argument("--plot", type=Path, metavar="FILE", help="draw where a step's time goes")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -58,6 +87,10 @@ def run(args: argparse.Namespace) -> int:
 
     if not torch.cuda.is_available():
         raise UsageError("no CUDA GPU found; run this on a machine with one")
+    return _kernels(args) if args.task == "kernels" else _model(args)
+
+
+def _kernels(args: argparse.Namespace) -> int:
     from vqserve.bench.kernels import measure
 
     mixes = {name: SEED_MIX if name == "mix" else {name: 1.0} for name in args.tiers}
@@ -80,6 +113,66 @@ def run(args: argparse.Namespace) -> int:
 
         draw(args.plot, found)
     return 0 if all(target["met"] for target in found["targets"]) else 1
+
+
+def _model(args: argparse.Namespace) -> int:
+    from vqserve.bench.model import floors, run_engine, stock_config, vq_config
+    from vqserve.bench.timing import copy_bandwidth, machine
+
+    config = real_config()
+    asked = {
+        "ranks": args.tp,
+        "context": max([*args.contexts, *args.prompts]) + 128,
+        "utilization": args.utilization,
+        "contexts": args.contexts,
+        "batches": args.batches,
+        "prompts": args.prompts,
+        "engine": args.engine,
+    }
+    ours = vq_config(config, SEED_MIX, args.layers, args.rank_of)
+    runs = {"vqserve": run_engine(ours, **asked)}
+    if args.stock:
+        runs["stock 4 bit"] = run_engine(stock_config(config, args.layers, args.rank_of, STOCK_EXPERTS), **asked)
+    copy = copy_bandwidth()
+    bits = sum(share * TIERS[letter].effective_bits for letter, share in SEED_MIX.items())
+    found = {"machine": machine(), "layers": args.layers, "rank of": args.rank_of, "tp": args.tp, "runs": runs}
+    found["floors"] = {name: us / args.tp for name, us in floors(ours, bits, copy).items()}
+    _print_model(found)
+    if args.json:
+        write_json(args.json, found)
+    if args.plot:
+        from vqserve.bench.picture import draw_steps
+
+        draw_steps(args.plot, found)
+    return 0
+
+
+def _print_model(found: Mapping[str, Any]) -> None:
+    runs, card = found["runs"], found["machine"]
+    share = f", one rank of {found['rank of']}" if found["rank of"] > 1 else ""
+    print(f"{found['layers']} layers{share}, TP={found['tp']}, {card['gpu']}, torch {card['torch']}")
+    for name, run_ in runs.items():
+        settings = (run_[key] for key in ("model class", "compilation mode", "graph mode"))
+        print(f"{name}: {', '.join(settings)}; loaded in {run_['load seconds']:.0f} s")
+    rows = []
+    first = next(iter(runs.values()))
+    for what in first["seconds per step"]:
+        batch = int(what.rpartition(" ")[2]) if "batch" in what else 1
+        times = [run_["seconds per step"][what] for run_ in runs.values()]
+        rows.append([f"{what}, tok/s", *(f"{batch / seconds:.1f}" for seconds in times)])
+    for tokens in first["first token seconds"]:
+        times = [run_["first token seconds"][tokens] for run_ in runs.values()]
+        rows.append([f"first token after {tokens}, ms", *(f"{1e3 * seconds:.1f}" for seconds in times)])
+    rows.append(["weights per rank", *(gib(max(run_["weight bytes per rank"])) for run_ in runs.values())])
+    rows.append(["KV cache, tokens", *(str(run_["KV cache tokens"]) for run_ in runs.values())])
+    print_table("What vLLM does with it", ["", *runs], rows)
+    columns = ["us per decode step", *(f"{name} ({what})" for name in runs for what in ("calls", "us")), "bytes alone"]
+    lines = []
+    for group in first["groups"]:
+        cells = [f"{run_['groups'][group][what]:.0f}" for run_ in runs.values() for what in ("calls", "us")]
+        floor = found["floors"].get(group)
+        lines.append([group, *cells, "" if floor is None else f"{floor:.0f}"])
+    print_table("Where a step of a single stream goes", columns, lines)
 
 
 def real_config() -> dict[str, Any]:
@@ -105,6 +198,13 @@ def _shown(row: Mapping[str, Any]) -> list[str]:
 
 def _numbers(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(positive(number) for number in text.split(",")))
+
+
+def _engine(text: str) -> dict[str, Any]:
+    try:
+        return parse_object(text.encode(), "--engine")
+    except CheckpointError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _names(known: list[str]) -> Any:

@@ -1,4 +1,4 @@
-"""The kernels' times as a picture: share of the copy bandwidth by batch. Needs matplotlib, the extra `plot`."""
+"""What was measured as pictures. Needs matplotlib, the extra `plot`."""
 
 from __future__ import annotations
 
@@ -36,4 +36,29 @@ def draw(path: Path, found: Mapping[str, Any]) -> None:
     panels[0].set_ylabel("operations per second")
     panels[-1].legend(frameon=False)
     figure.suptitle(f"Routed experts of one GLM-5.2 layer on {found['machine']['gpu']}")
+    figure.savefig(path, dpi=120)
+
+
+def draw_steps(path: Path, found: Mapping[str, Any]) -> None:
+    """Draws a decode step of a single stream as one stacked bar per run, and one of the weights' bytes alone.
+
+    Args:
+        path: File to write; its suffix is the kind of picture.
+        found: What `vqserve bench model` writes as JSON.
+    """
+    runs = found["runs"]
+    bars = {name: {group: part["us"] for group, part in run["groups"].items()} for name, run in runs.items()}
+    bars["bytes alone"] = found["floors"]
+    figure = Figure(figsize=(2.0 + 2.0 * len(bars), 5.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    below = dict.fromkeys(bars, 0.0)
+    for group in next(iter(runs.values()))["groups"]:
+        heights = [bar.get(group, 0.0) / 1e3 for bar in bars.values()]
+        axes.bar(list(bars), heights, bottom=list(below.values()), width=0.6, label=group)
+        below = {name: low + height for (name, low), height in zip(below.items(), heights, strict=True)}
+    axes.set_ylabel("ms per token, kernels of a single stream")
+    share = f", one rank of {found['rank of']}" if found["rank of"] > 1 else ""
+    axes.set_title(f"{found['layers']} layers{share} on {found['machine']['gpu']}", loc="left")
+    figure.legend(loc="outside right center", frameon=False, reverse=True)
     figure.savefig(path, dpi=120)
