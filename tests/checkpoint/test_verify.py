@@ -47,9 +47,9 @@ def refusals(capsys: Capture, *argv: str) -> list[str]:
 
 def padded(folder: Path, size: int) -> Path:
     """The checkpoint with one more file, of `size` zeros that take no room; its digest in the manifest is wrong."""
-    with (folder / "zeros").open("wb") as file:
+    with (folder / "zeros.txt").open("wb") as file:
         file.truncate(size)
-    change_json(folder, MANIFEST, lambda m: m["files"].update(zeros={"size": size, "sha256": "0" * 64}))
+    change_json(folder, MANIFEST, lambda m: m["files"].update({"zeros.txt": {"size": size, "sha256": "0" * 64}}))
     return folder
 
 
@@ -193,7 +193,7 @@ def test_memory_does_not_grow_with_the_files(checkpoint: Path) -> None:
     finally:
         tracemalloc.stop()
     assert verdict.nbytes > 1 << 28
-    assert [problem.where for problem in verdict.findings] == [str(checkpoint / "zeros")]
+    assert [problem.where for problem in verdict.findings] == [str(checkpoint / "zeros.txt")]
     assert peak < 1 << 24
 
 

@@ -17,7 +17,9 @@ from pathlib import Path
 
 from vqserve.arguments import positive
 from vqserve.capacity import available_bytes, check_cpu, check_gpus, gpu_bytes
+from vqserve.checkpoint.chat import check_template
 from vqserve.cpu import Cpu, cores_of_ranks, find_cpu
+from vqserve.format.companions import CHAT_TEMPLATE
 from vqserve.format.errors import UsageError
 from vqserve.format.files import DIGEST_LIMIT, Checkpoint, ParentCheckpoint, check_checkpoint, check_parent, read_config
 from vqserve.format.geometry import Geometry
@@ -75,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
     vllm = check_vllm()
     checkpoint = check_parent(args.path) if args.bf16 else check_checkpoint(args.path)
     read_known_answers(args.path)
+    check_template(args.chat_template or args.path / CHAT_TEMPLATE)
     cpu = find_cpu() if vllm.endswith("+cpu") else None
     check_arguments(args, checkpoint, cpu)
     environment = server_environment(args, checkpoint.geometry, cpu)

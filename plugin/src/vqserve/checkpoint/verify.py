@@ -24,6 +24,8 @@ import numpy as np
 from tqdm import tqdm
 
 from vqserve.arguments import positive
+from vqserve.checkpoint.chat import check_template
+from vqserve.format.companions import CHAT_TEMPLATE, check_companions
 from vqserve.format.errors import CheckpointError, UsageError
 from vqserve.format.files import (
     check_folder,
@@ -168,7 +170,11 @@ def _check_structure(folder: Path, found: _Findings) -> tuple[Mapping[str, FileR
     with found.noted(folder):
         read_known_answers(folder)
     with found.noted(folder):
-        _, quant, specs = described(folder, read_config(folder, links=False))
+        check_template(folder / CHAT_TEMPLATE)
+    with found.noted(folder):
+        config = read_config(folder, links=False)
+        geometry, quant, specs = described(folder, config)
+        check_companions(folder, files, config, geometry.vocab_size, found.note)
         before = found.noted_times
         tensors = read_tensors(folder, links=False, report=found.note)
         # What a damaged file should hold is not missing too; and only right tensors have values to look at.

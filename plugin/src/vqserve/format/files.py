@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vqserve.format.companions import check_companions
 from vqserve.format.config import QuantConfig
 from vqserve.format.errors import CheckpointError, ConfigError, TensorError
 from vqserve.format.geometry import Geometry
@@ -168,6 +169,7 @@ def _check(folder: Path, digests: bool | None) -> Checkpoint:
     if digests is None:
         digests = sum(record.size for record in read_manifest(folder).values()) < DIGEST_LIMIT
     files = check_manifest(folder, digests)
+    check_companions(folder, files, config, geometry.vocab_size)
     tensors = read_tensors(folder, links=False)
     check_used(folder, files, tensors)
     check_tensors(tensors, specs)
