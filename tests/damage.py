@@ -147,6 +147,11 @@ def _in_subfolder(folder: Path) -> None:
     (folder / "sub" / "pytorch_model.bin").touch()
 
 
+def _without_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    write_manifest(folder)
+
+
 def _damaged(sentence: str, name: str, content: bytes, where: str, problem: str) -> Damage:
     return Damage(sentence[:80], partial(_whole_with, name, content), re.escape(where), problem, RESTORE)
 
@@ -269,7 +274,7 @@ DAMAGES = (
     ),
     Damage(
         "no tokenizer, manifest agreeing",
-        lambda f: ((f / "tokenizer.json").unlink(), write_manifest(f)),
+        _without_tokenizer,
         "tokenizer.json",
         "named by the checkpoint, but is missing",
         RESTORE,

@@ -119,6 +119,7 @@ def test_a_checkpoint_is_planned_in_its_own_tiers(random_checkpoint: Path, capsy
         (("--tiers", "a=0"), "all shares are 0"),
         (("--tiers", "a=1", "--bits", "2"), "not allowed with argument"),
         (("--gpus", "3"), "tensor parallel size 3: "),
+        (("--tiers", f"a={'9' * 400}"), "expected shares of a, b, c, d"),
         (("--json", "nowhere/plan.json"), "--json nowhere/plan.json: there is no folder nowhere"),
     ],
 )

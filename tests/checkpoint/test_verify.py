@@ -21,6 +21,7 @@ import torch
 from damage import DAMAGES, FIRST, SECOND, Damage, change_bytes, change_json, change_tensors, flip
 from vqserve.checkpoint.verify import verify
 from vqserve.cli import main
+from vqserve.format.files import INDEX
 from vqserve.format.manifest import MANIFEST, write_manifest
 
 Capture = pytest.CaptureFixture[str]
@@ -183,6 +184,21 @@ def test_a_result_inside_the_checkpoint_is_refused(checkpoint: Path, capsys: Cap
     [line] = refusals(capsys, "verify", str(checkpoint), "--json", str(checkpoint / "result.json"))
     assert "would be a surplus file of the checkpoint" in line
     assert not (checkpoint / "result.json").exists()
+
+
+def test_a_result_for_nowhere_is_refused_before_the_reading(checkpoint: Path, capsys: Capture) -> None:
+    (checkpoint / FIRST).unlink()
+    [line] = refusals(capsys, "verify", str(checkpoint), "--json", "nowhere/result.json")
+    assert "--json nowhere/result.json: there is no folder nowhere; make it, or name" in line
+
+
+def test_names_that_are_no_unicode_are_written_as_json_s_escapes(
+    checkpoint: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    change_json(checkpoint, INDEX, lambda index: index["weight_map"].update({"x\ud800": FIRST}))
+    refusals(capsys, "verify", str(checkpoint), "--json", str(tmp_path / "result.json"))
+    [finding] = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["findings"]
+    assert finding["where"].endswith("x\ud800")
 
 
 def test_memory_does_not_grow_with_the_files(checkpoint: Path) -> None:

@@ -84,7 +84,7 @@ def _special_tokens(content: Mapping[str, Any], vocab_size: int) -> Problems:
 def _sampling(content: Mapping[str, Any]) -> Problems:
     for key in _SAMPLING:
         value = content.get(key)
-        if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
+        if value is not None and (type(value) not in (int, float) or not abs(value) < math.inf):
             yield key, f"expected a number, found {value!r}"
 
 
