@@ -16,7 +16,7 @@ from typing import Any
 
 from vqserve.format.config import PROJECTIONS, QuantConfig
 from vqserve.format.errors import ConfigError, UsageError
-from vqserve.format.files import check_checkpoint, described, readable
+from vqserve.format.files import called, check_checkpoint, described, readable
 from vqserve.format.geometry import Geometry
 from vqserve.format.layout import parent_specs
 from vqserve.format.names import layer_of, parse_expert_tensor, parse_experts_module
@@ -121,7 +121,7 @@ def read_inventory(path: Path) -> tuple[Inventory, int | None]:
         stored = {name: tensor.nbytes for name, tensor in checkpoint.tensors.items()}
         size = sum(record.size for record in checkpoint.files.values())
         return inventory(checkpoint.geometry, checkpoint.quant, stored), size
-    with readable(path):
+    with readable(path), called(path):
         geometry, quant, specs = described(path.parent, read_object(path, ConfigError))
     return inventory(geometry, quant, {spec.name: spec.nbytes for spec in specs.values() if spec.required}), None
 

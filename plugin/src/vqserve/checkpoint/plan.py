@@ -13,7 +13,7 @@ from vqserve.arguments import positive, size
 from vqserve.checkpoint.assume import SEED_MIX, assumed, mix_for, read_mix
 from vqserve.format.config import PROJECTIONS, QuantConfig
 from vqserve.format.errors import ConfigError, UsageError
-from vqserve.format.files import read_config, readable
+from vqserve.format.files import called, read_config, readable
 from vqserve.format.geometry import Geometry
 from vqserve.format.layout import checkpoint_specs
 from vqserve.format.memory import ATTENTIONS, Attention, Memory, memory
@@ -54,6 +54,11 @@ def run(args: argparse.Namespace) -> int:
         UsageError: An option does not go with the model.
     """
     check_targets({"--json": args.json}, [args.path])
+    with called(args.path):
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     config, assumption = _config(args)
     geometry = Geometry.from_dict(config)
     context = args.context or min(4096, geometry.max_position_embeddings)

@@ -206,7 +206,7 @@ def _read_samples(path: Path) -> list[Any]:
     from vqserve.evaluate.kl import Sample
 
     if not path.is_file():
-        raise UsageError(f"--text {path}: no such file")
+        raise UsageError(f"--text {path}: no such file; name one of JSON lines, or leave it out")
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as cause:
@@ -225,5 +225,5 @@ def _read_samples(path: Path) -> list[Any]:
             raise UsageError(f"--text {path}:{number}: expected {expected}")
         samples.append(Sample("text", *texts))
     if not samples:
-        raise UsageError(f"--text {path}: empty")
+        raise UsageError(f"--text {path}: empty; name one of JSON lines, or leave it out")
     return samples

@@ -163,6 +163,22 @@ def readable(path: Path) -> Iterator[None]:
         raise CheckpointError(str(path), "expected plain JSON, found it nested too deeply", _REENCODE) from cause
 
 
+@contextmanager
+def called(path: Path) -> Iterator[None]:
+    """Has what is refused of a configuration that lies alone, whatever its name, say that name.
+
+    Raises:
+        ConfigError: As in the block.
+    """
+    try:
+        yield
+    except ConfigError as cause:
+        file, colon, key = cause.where.partition(": ")
+        if path.is_dir() or Path(file).name != "config.json":
+            raise
+        raise ConfigError(f"{path}{colon}{key}", cause.problem, cause.remedy) from cause
+
+
 def _check(folder: Path, digests: bool | None) -> Checkpoint:
     config = read_config(folder, links=False)
     geometry, quant, specs = described(folder, config)
