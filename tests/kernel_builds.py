@@ -13,39 +13,32 @@ from pathlib import Path
 from typing import Any
 
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vqserve.kernels.vq_gemm import triton as prefill
-from vqserve.kernels.vq_moe import triton as decode
+from vqserve.kernels.vq_gemm import triton as kernels
 
 POINTERS = {
-    **dict.fromkeys(["x", "h", "order", "starts", "block_expert", "block_first", "codebooks"], "*i64"),
+    **dict.fromkeys(["x", "h", "codebooks"], "*i64"),
     **dict.fromkeys(["codes", "refinements"], "*u8"),
     **dict.fromkeys(["weights", "products", "factors", "h_factors"], "*fp32"),
-    **dict.fromkeys(["ids", "expert_map", "places"], "*i32"),
+    **dict.fromkeys(["ids", "expert_map", "places", "order", "experts", "firsts", "lasts"], "*i32"),
     "scales": "*fp16",
 }
-NAMES = {tl.bfloat16: "bf16", tl.float16: "fp16", tl.float32: "fp32"}
 
 
 def builds() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any]]]:
     """Name, kernel, pointer types of its own, constants and options."""
-    shape = {"ROWS": decode.ROWS, "GROUPS": decode.GROUPS, "num_warps": decode.WARPS}
-    for dtype, name in NAMES.items():
+    for dtype in ("bf16", "fp16", "fp32"):
         for mapped in (False, True):
-            constants = {"MAPPED": mapped, "DTYPE": dtype, **shape}
-            yield f"decode gate_up {name} {mapped}", decode.gate_up, {"h": "*fp32"}, constants
-            yield f"decode down {name} {mapped}", decode.down, {"out": f"*{name}"}, {"MAPPED": mapped, **shape}
-            constants = {"MAPPED": mapped, "ROWS": prefill.ROWS, "num_warps": 1}
-            yield f"prefill combine {name} {mapped}", prefill.combine, {"out": f"*{name}"}, constants
-        pointers = {"x": f"*{name}", "y": "*fp16"}
-        yield f"prefill to_half {name}", prefill.to_half, pointers, {"BLOCK": 8192, "num_warps": 8}
-    for tokens in prefill.TOKENS:
-        constants = {"TOKENS": tokens, "ROWS": prefill.ROWS, "num_warps": prefill.WARPS, "num_stages": 1}
-        yield f"prefill gate_up {tokens}", prefill.gate_up, {"h": "*fp16"}, constants
-        yield f"prefill down {tokens}", prefill.down, {}, constants
+            constants = {"MAPPED": mapped, "ROWS": kernels.ROWS, "num_warps": 1}
+            yield f"combine {dtype} {mapped}", kernels.combine, {"out": f"*{dtype}"}, constants
+        pointers = {"x": f"*{dtype}", "y": "*fp16"}
+        yield f"to_half {dtype}", kernels.to_half, pointers, {"BLOCK": 8192, "num_warps": kernels.WARPS}
+    for tokens in kernels.TOKENS:
+        constants = {"TOKENS": tokens, "ROWS": kernels.ROWS, "num_warps": kernels.WARPS, "num_stages": 1}
+        yield f"gate_up {tokens}", kernels.gate_up, {"h": "*fp16"}, constants
+        yield f"down {tokens}", kernels.down, {}, constants
 
 
 def build(kernel: Any, own: dict[str, str], constants: dict[str, Any], chip: int) -> dict[str, int]:

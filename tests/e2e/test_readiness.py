@@ -119,7 +119,9 @@ def refusal_of(server: Server) -> str:
     return reason
 
 
-def test_a_wrong_answer_refuses_readiness_and_is_shown(demo_model: Path, tmp_path: Path) -> None:
+def test_an_engine_that_answers_wrongly_is_refused_with_what_it_said_and_a_dead_one_too(
+    demo_model: Path, tmp_path: Path
+) -> None:
     answers = json.loads((DEMO / KNOWN_ANSWERS).read_text(encoding="utf-8"))
     answers["prompts"][1]["answer"] = "186"
     with serving(asking(demo_model, tmp_path / "model", answers), tmp_path) as server:
@@ -127,14 +129,6 @@ def test_a_wrong_answer_refuses_readiness_and_is_shown(demo_model: Path, tmp_pat
         assert reason.startswith("known answer 2 of 6 is wrong: to '太郎は")
         assert "expected '186', found '答えは185です。'" in reason
         assert "--attention dense" in reason
-
-
-def test_an_engine_that_answers_garbage_is_refused_and_a_dead_one_too(random_checkpoint: Path, tmp_path: Path) -> None:
-    answers = json.loads((DEMO / KNOWN_ANSWERS).read_text(encoding="utf-8"))
-    with serving(asking(random_checkpoint, tmp_path / "model", answers), tmp_path) as server:
-        assert refusal_of(server).startswith(
-            "known answer 1 of 6 is wrong: to 'What is 36 * 47?' expected '1692', found"
-        )
         [engine] = set(re.findall(r"\(EngineCore pid=(\d+)\)", server.log.read_text(encoding="utf-8")))
         os.kill(int(engine), signal.SIGKILL)
         *_, body = wait_until(server, "/ready", lambda status, body: status == 503 and state(body)[0] != "refused")

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-_WITH_TRITON = ["test_compile.py", "test_lut.py", "test_records.py", "test_triton.py"]
+_WITH_TRITON = ["test_compile.py", "test_cuda.py", "test_triton.py"]
 
 collect_ignore_glob = [] if find_spec("triton") else _WITH_TRITON

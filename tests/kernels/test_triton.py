@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from types import ModuleType
 
 import pytest
 import torch
@@ -12,9 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from random_experts import GEOMETRY, in_kernel_order, random_experts
-from vqserve.kernels.moe import DECODE_TOKENS, moe
-from vqserve.kernels.vq_gemm import triton as prefill
-from vqserve.kernels.vq_moe import triton as decode
+from vqserve.kernels.moe import moe
+from vqserve.kernels.vq_gemm import triton as kernel
 from vqserve.reference.dequantize import Codebook
 from vqserve.reference.moe import Experts
 from vqserve.reference.moe import moe as reference_moe
@@ -23,11 +21,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-KERNELS = pytest.mark.parametrize("kernel", [decode, prefill], ids=["decode", "prefill"])
 # Rounding of the result to its dtype, mostly; of fp32, prefill's rounding of activations and h to tf32 (measured: up to
 # 1.0e-3 on an H100). The interpreter cuts bf16 off where a GPU rounds: twice the error.
 LIMIT = {torch.float32: 2e-3, torch.float16: 1e-3, torch.bfloat16: 4e-3 if INTERPRETED else 2e-3}
-gpu_only = pytest.mark.skipif(INTERPRETED, reason="the interpreter has no CUDA graphs, and many tokens take it minutes")
 
 
 def _experts(seed: int, experts: list[int] | None = None, tp_size: int = 1, tp_rank: int = 0) -> Experts:
@@ -53,32 +49,29 @@ def _error(found: Tensor, expected: Tensor) -> float:
     return float((found.float() - expected).norm() / expected.norm())
 
 
-def _run(kernel: ModuleType, routed: tuple[Tensor, ...], experts: Experts, expert_map: Tensor | None = None) -> Tensor:
-    out: Tensor = kernel.moe(*routed, in_kernel_order(experts), expert_map)
-    return out
+def _run(routed: tuple[Tensor, ...], experts: Experts, expert_map: Tensor | None = None) -> Tensor:
+    x, weights, ids = routed
+    return kernel.moe(x, weights, ids, in_kernel_order(experts), expert_map)
 
 
-@KERNELS
 @pytest.mark.parametrize("dtype", LIMIT, ids=str)
-@pytest.mark.parametrize("tokens", [1, 2] if INTERPRETED else [1, 3, 17, 64, 513])
-def test_the_sum_is_the_references_to_rounding(kernel: ModuleType, dtype: torch.dtype, tokens: int, seed: int) -> None:
+@pytest.mark.parametrize("tokens", [1, 3, 17, 64] if INTERPRETED else [1, 3, 17, 64, 513])
+def test_the_sum_is_the_references_to_rounding(dtype: torch.dtype, tokens: int, seed: int) -> None:
     experts, routed = _experts(seed), _routed(seed, tokens, dtype)
     expected = reference_moe(routed[0].float(), *routed[1:], experts)
-    assert _error(_run(kernel, routed, experts), expected) < LIMIT[dtype]
+    assert _error(_run(routed, experts), expected) < LIMIT[dtype]
 
 
-@KERNELS
-def test_two_runs_give_the_same_bits(kernel: ModuleType, seed: int) -> None:
-    experts, routed = _experts(seed), _routed(seed, 1 if INTERPRETED else 3, torch.bfloat16)
-    assert torch.equal(_run(kernel, routed, experts), _run(kernel, routed, experts))
+def test_two_runs_give_the_same_bits(seed: int) -> None:
+    experts, routed = _experts(seed), _routed(seed, 3, torch.bfloat16)
+    assert torch.equal(_run(routed, experts), _run(routed, experts))
 
 
-@KERNELS
-def test_a_choice_of_minus_one_is_skipped_and_a_token_without_choices_is_zero(kernel: ModuleType, seed: int) -> None:
+def test_a_choice_of_minus_one_is_skipped_and_a_token_without_choices_is_zero(seed: int) -> None:
     experts, routed = _experts(seed), _routed(seed, 3, torch.float16)
     routed[2][1] = -1
     routed[2][2, 1] = -1
-    out = _run(kernel, routed, experts)
+    out = _run(routed, experts)
     assert (out[1] == 0).all()
     assert _error(out, reference_moe(routed[0].float(), *routed[1:], experts)) < LIMIT[torch.float16]
 
@@ -90,15 +83,13 @@ def test_experts_of_other_ranks_are_skipped(seed: int) -> None:
     experts, routed, expert_map = _experts(seed, mine), _routed(seed, 4, torch.float16), expert_map.to(DEVICE)
     routed[2][0, 0], routed[2][0, 1] = -1, 5
     expected = reference_moe(routed[0].float(), *routed[1:], experts, expert_map)
-    for kernel in (decode, prefill):
-        assert _error(_run(kernel, routed, experts, expert_map), expected) < LIMIT[torch.float16]
+    assert _error(_run(routed, experts, expert_map), expected) < LIMIT[torch.float16]
 
 
-@KERNELS
-def test_tensor_parallel_shards_add_up_to_the_whole(kernel: ModuleType, seed: int) -> None:
+def test_tensor_parallel_shards_add_up_to_the_whole(seed: int) -> None:
     routed = _routed(seed, 2, torch.float16)
     expected = reference_moe(routed[0].float(), *routed[1:], _experts(seed))
-    shards = [_run(kernel, routed, _experts(seed, tp_size=2, tp_rank=rank)).float() for rank in (0, 1)]
+    shards = [_run(routed, _experts(seed, tp_size=2, tp_rank=rank)).float() for rank in (0, 1)]
     assert _error(shards[0] + shards[1], expected) < LIMIT[torch.float16]
 
 
@@ -106,20 +97,20 @@ def test_all_tokens_on_one_expert_leave_the_others_without_any(seed: int) -> Non
     experts, routed = _experts(seed), _routed(seed, 70, torch.float16, top_k=1)
     routed[2].fill_(6)
     expected = reference_moe(routed[0].float(), *routed[1:], experts)
-    assert _error(_run(prefill, routed, experts), expected) < LIMIT[torch.float16]
+    assert _error(_run(routed, experts), expected) < LIMIT[torch.float16]
 
 
 def test_a_small_workspace_gives_the_same_bits(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     experts, routed = _experts(seed), _routed(seed, 5, torch.float16)
-    whole = _run(prefill, routed, experts)
-    monkeypatch.setattr(prefill, "WORKSPACE", 1)
-    assert torch.equal(_run(prefill, routed, experts), whole)
+    whole = _run(routed, experts)
+    monkeypatch.setattr(kernel, "WORKSPACE", 1)
+    assert torch.equal(_run(routed, experts), whole)
 
 
 @settings(max_examples=4 if INTERPRETED else 100)
 @given(
     seed=st.integers(0, 2**31),
-    tokens=st.integers(0, 2 if INTERPRETED else 600),
+    tokens=st.integers(0, 20 if INTERPRETED else 600),
     top_k=st.integers(1, 8),
     dtype=st.sampled_from([torch.float16, torch.bfloat16]),
     long=st.booleans(),
@@ -138,9 +129,8 @@ def test_any_codes_tokens_and_choices_give_the_references_sum(
     assert float((out.float() - expected).norm()) <= 1.2 * LIMIT[dtype] * float(expected.norm())
 
 
-@gpu_only
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [DECODE_TOKENS, DECODE_TOKENS + 1])
+@pytest.mark.parametrize("tokens", [8, 9, 200])
 def test_a_captured_graph_follows_new_input(tokens: int, seed: int) -> None:
     experts, routed = _experts(seed), _routed(seed, tokens, torch.bfloat16)
     taken = in_kernel_order(experts)

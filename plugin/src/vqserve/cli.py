@@ -17,6 +17,7 @@ COMMANDS = {
     "plan": ("vqserve.checkpoint.plan", "show whether a model fits on the GPUs, and with how long a context"),
     "card": ("vqserve.checkpoint.card", "write measured scores into a checkpoint's model card"),
     "serve": ("vqserve.serve", "check a checkpoint and serve it with vLLM's OpenAI server"),
+    "bench": ("vqserve.bench.command", "measure kernels on the GPU that is there"),
     "eval": ("vqserve.evaluate.command", "measure a served model or a checkpoint"),
 }
 """Per subcommand a module with `add_arguments(parser)` and `run(args) -> int`, and one line of help."""

@@ -149,8 +149,10 @@ class MixedVQMoEMethod(FusedMoEMethodBase):
             self._codewords = table
         else:
             self._codewords.copy_(table)  # a reload: CUDA graphs know the first one's address
-        if loaded and table.is_cuda:
-            repack(Experts(self.layout, buffers, books))
+        if table.is_cuda:
+            ops.prepare(table.device)
+            if loaded:
+                repack(Experts(self.layout, buffers, books))
 
     def _check_values(self, layer: RoutedExperts) -> None:
         stem = f"{self.module.name}.routed_experts"

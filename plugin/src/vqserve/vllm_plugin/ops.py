@@ -22,6 +22,17 @@ def add_layout(layout: FlatLayout) -> int:
     return len(_LAYOUTS) - 1
 
 
+def prepare(device: torch.device) -> None:
+    """Compiles the operator's kernels for a GPU.
+
+    Raises:
+        UsageError: They cannot be compiled.
+    """
+    from vqserve.kernels.moe import compile_all  # needs triton, which CPUs' environments lack
+
+    compile_all(device)
+
+
 def moe(
     x: Tensor,
     topk_weights: Tensor,
@@ -54,7 +65,7 @@ def moe(
         flat = dict(zip(BUFFERS, buffers, strict=True))
         stored = cpu.TabledExperts(_LAYOUTS[layout], flat, codebooks_of(codewords, tiers))
         return cpu.moe(x, topk_weights, topk_ids, stored, expert_map)
-    from vqserve.kernels.moe import moe as kernels_moe  # needs triton, which CPUs' environments lack
+    from vqserve.kernels.moe import moe as kernels_moe
 
     down = _LAYOUTS[layout].slots[0]["down_proj"]
     experts = KernelExperts(tuple(buffers), _places(layout, x.device), codewords, down.rows, down.columns)

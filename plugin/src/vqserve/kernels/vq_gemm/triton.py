@@ -1,9 +1,9 @@
-"""Routed experts for many tokens, in Triton: pairs grouped by expert, weights dequantized on the way to tensor cores.
+"""Routed experts in Triton, for what the kernels in CUDA C++ do not take; also interpreted on a CPU.
 
-The device sorts the (token, chosen expert) pairs by expert and cuts each expert's into blocks; how many there are only
-the device knows, so the grid has room for the most there can be. Every block dequantizes its weights anew. down goes a
-slice of the hidden size at a time, so that the products kept for the sum over a token's choices stay below `WORKSPACE`;
-that sum is taken in the order of the choices.
+Pairs of token and expert are grouped by expert, weights dequantized on the way to tensor cores. How many blocks of
+pairs there are only the device knows, so the grid has room for the most there can be. Every block dequantizes its
+weights anew. down goes a slice of the hidden size at a time, so that the products kept for the sum over a token's
+choices stay below `WORKSPACE`; that sum is taken in the order of the choices.
 
 Products are taken in fp16 with fp32 sums: codewords are fp16 as they are, sums of two are rounded to it, activations
 and h are brought into its range by a power of two per row and, for h, per 128 columns. Scales multiply fp32 sums.
@@ -13,15 +13,13 @@ rounding the result alone gives 1.7e-3.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from vqserve.kernels.experts import KernelExperts
-from vqserve.kernels.planes import base_of, half_of, indices, local_expert, planes_at, silu
+from vqserve.kernels.vq_gemm.grouping import Grouping
 
 ROWS = 128
 """Rows of a weight matrix per block: a group of down's columns."""
@@ -30,6 +28,72 @@ TOKENS = (16, 32)
 WARPS = 8
 WORKSPACE = 128 << 20
 """Bytes of products before the sum over a token's choices."""
+
+
+@triton.jit
+def _planes_at(place, codes, refinements, scales):
+    """Tier of the matrix whose place is given, and where its codes, refinements and scales begin."""
+    return (
+        tl.load(place),
+        codes + tl.load(place + 1).to(tl.int64) * 64,
+        refinements + tl.load(place + 2).to(tl.int64) * 64,
+        scales + tl.load(place + 3).to(tl.int64) * 32,
+    )
+
+
+@triton.jit
+def _base_of(codebooks, TIER: tl.constexpr):
+    """A tier's first 64-bit word in the table of codewords."""
+    return codebooks + (512 * (TIER > 0) + 544 * (TIER > 1) + 256 * (TIER > 2))
+
+
+@triton.jit
+def _local_expert(ids, at, expert_map, MAPPED: tl.constexpr):
+    """Local number of the expert that the router chose `at`; -1 if there is none on this rank."""
+    expert = tl.load(ids + at).to(tl.int32)
+    if MAPPED:
+        expert = tl.where(expert < 0, -1, tl.load(expert_map + tl.maximum(expert, 0)).to(tl.int32))
+    return expert
+
+
+@triton.jit
+def _indices(codes, refinements, code, row, rows, number, REFINED: tl.constexpr):
+    """Base and refinement codes of rows and codes that broadcast; those from `number` on are 0.
+
+    Args:
+        codes: Pointer to the matrix's codes, uint8.
+        refinements: Pointer to its refinements.
+        code: Which codes of a row.
+        row: Which rows.
+        rows: The matrix's rows.
+        number: The codes of a row.
+        REFINED: Whether the tier has a refinement; if not, the second result is the first.
+    """
+    strip, lane, block, inside = code // 32, row % 32, row // 32, code < number
+    byte = (code - lane) & 15
+    half = strip * 32 + 32 > number
+    phases = tl.where(half, 1, 2)
+    phase = tl.where(half, 0, (code // 16 & 1) ^ (lane // 16))
+    at = strip * rows * 32 + (block * phases + phase) * 512 + lane * 16 + byte
+    index = tl.load(codes + at, mask=inside, other=0).to(tl.int32)
+    if REFINED:
+        first = strip * rows * 16 + (block * 32 + lane) * phases * 8 + phase * 8
+        pair = tl.load(refinements + first + byte // 8 * 4 + byte % 4, mask=inside, other=0).to(tl.int32)
+        return index, (pair >> (byte // 4 % 2 * 4)) & 15
+    else:
+        return index, index
+
+
+@triton.jit
+def _half_of(word, i: tl.constexpr):
+    """The i-th fp16 number of 64-bit words."""
+    return (word >> (16 * i)).to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _silu(x):
+    """`x * sigmoid(x)` in fp32."""
+    return x / (1.0 + tl.exp(-x))
 
 
 @triton.jit
@@ -64,7 +128,7 @@ def _tile(
         part = tl.zeros([ROWS, TOKENS], tl.float32)
         for step in tl.static_range(8 // D):  # 16 codes at a time: the least that tl.dot takes
             code = group * (128 // D) + step * 16 + tl.arange(0, 16)
-            index, nibble = indices(codes, refinements, code[None, :], row[:, None], rows, columns // D, REFINED)
+            index, nibble = _indices(codes, refinements, code[None, :], row[:, None], rows, columns // D, REFINED)
             for quad in tl.static_range(D // 4):
                 word = tl.load(base + index * (D // 4) + quad)
                 if REFINED:
@@ -72,10 +136,10 @@ def _tile(
                 at = x_row[None, :] * (columns // 4) + (code * (D // 4) + quad)[:, None]
                 inputs = tl.load(x + at, mask=inside[None, :], other=0)
                 for i in tl.static_range(4):
-                    weight = half_of(word, i)
+                    weight = _half_of(word, i)
                     if REFINED:
-                        weight += half_of(finer, i)
-                    part = tl.dot(weight, half_of(inputs, i), part)
+                        weight += _half_of(finer, i)
+                    part = tl.dot(weight, _half_of(inputs, i), part)
         part *= tl.load(scales + group * rows + row).to(tl.float32)[:, None]
         if FACTORS:
             part *= tl.load(factors + x_row * (columns // 128) + group, mask=inside, other=0)[None, :]
@@ -89,25 +153,25 @@ def _project(
     FACTORS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """`_tile` for the matrix whose place is given."""
-    tier, codes, refinements, scales = planes_at(place, codes, refinements, scales)
+    tier, codes, refinements, scales = _planes_at(place, codes, refinements, scales)
     if tier == 0:
         tile = _tile(
-            x, x_row, factors, codes, refinements, scales, base_of(codebooks, 0), row, rows, columns, inside,
+            x, x_row, factors, codes, refinements, scales, _base_of(codebooks, 0), row, rows, columns, inside,
             8, False, FACTORS, TOKENS, ROWS,
         )  # fmt: skip
     elif tier == 1:
         tile = _tile(
-            x, x_row, factors, codes, refinements, scales, base_of(codebooks, 1), row, rows, columns, inside,
+            x, x_row, factors, codes, refinements, scales, _base_of(codebooks, 1), row, rows, columns, inside,
             8, True, FACTORS, TOKENS, ROWS,
         )  # fmt: skip
     elif tier == 2:
         tile = _tile(
-            x, x_row, factors, codes, refinements, scales, base_of(codebooks, 2), row, rows, columns, inside,
+            x, x_row, factors, codes, refinements, scales, _base_of(codebooks, 2), row, rows, columns, inside,
             4, False, FACTORS, TOKENS, ROWS,
         )  # fmt: skip
     else:
         tile = _tile(
-            x, x_row, factors, codes, refinements, scales, base_of(codebooks, 3), row, rows, columns, inside,
+            x, x_row, factors, codes, refinements, scales, _base_of(codebooks, 3), row, rows, columns, inside,
             4, True, FACTORS, TOKENS, ROWS,
         )  # fmt: skip
     return tile
@@ -115,16 +179,16 @@ def _project(
 
 @triton.jit
 def gate_up(
-    x, factors, h, h_factors, order, starts, block_expert, block_first, places, codes, refinements, scales, codebooks,
+    x, factors, h, h_factors, order, experts, firsts, lasts, places, codes, refinements, scales, codebooks,
     top_k, hidden, width,
     TOKENS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """h[position, rows] * h_factors[position] = silu(gate x) * up x for a block of positions in the sorted order."""
-    expert = tl.load(block_expert + tl.program_id(1))
+    """h[position, rows] * h_factors[position] = _silu(gate x) * up x for a block of positions in the sorted order."""
+    expert = tl.load(experts + tl.program_id(1))
     if expert >= 0:
-        position = tl.load(block_first + tl.program_id(1)) + tl.arange(0, TOKENS)
-        inside = position < tl.load(starts + expert + 1)
-        token = tl.load(order + position, mask=inside, other=0) // top_k
+        position = (tl.load(firsts + tl.program_id(1)) + tl.arange(0, TOKENS)).to(tl.int64)
+        inside = position < tl.load(lasts + tl.program_id(1))
+        token = tl.load(order + position, mask=inside, other=0).to(tl.int64) // top_k
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         place = places + expert * 12
         factor = tl.load(factors + token, mask=inside, other=0)[None, :]
@@ -136,7 +200,7 @@ def gate_up(
             x, token, factors, place + 4, codes, refinements, scales, codebooks, row, width, hidden, inside,
             False, TOKENS, ROWS,
         )  # fmt: skip
-        product = silu(gate) * up
+        product = _silu(gate) * up
         scale, factor = _power_of_two(tl.max(tl.abs(product), axis=0))
         at = h + position[None, :] * width + row[:, None]
         tl.store(at, (product * scale[None, :]).to(tl.float16), mask=inside[None, :])
@@ -145,16 +209,16 @@ def gate_up(
 
 @triton.jit
 def down(
-    h, factors, products, order, starts, block_expert, block_first, places, codes, refinements, scales, codebooks,
+    h, factors, products, order, experts, firsts, lasts, places, codes, refinements, scales, codebooks,
     first_row, slice_rows, hidden, width,
     TOKENS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """products[pair, rows of the slice] = down h for a block of positions in the sorted order."""
-    expert = tl.load(block_expert + tl.program_id(1))
+    expert = tl.load(experts + tl.program_id(1))
     if expert >= 0:
-        position = tl.load(block_first + tl.program_id(1)) + tl.arange(0, TOKENS)
-        inside = position < tl.load(starts + expert + 1)
-        pair = tl.load(order + position, mask=inside, other=0)
+        position = (tl.load(firsts + tl.program_id(1)) + tl.arange(0, TOKENS)).to(tl.int64)
+        inside = position < tl.load(lasts + tl.program_id(1))
+        pair = tl.load(order + position, mask=inside, other=0).to(tl.int64)
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         product = _project(
             h, position, factors, places + expert * 12 + 8, codes, refinements, scales, codebooks,
@@ -174,43 +238,9 @@ def combine(
     total = tl.zeros([ROWS], tl.float32)
     for choice in range(top_k):
         pair = token * top_k + choice
-        if local_expert(ids, pair, expert_map, MAPPED) >= 0:
+        if _local_expert(ids, pair, expert_map, MAPPED) >= 0:
             total += tl.load(weights + pair) * tl.load(products + pair * slice_rows + row)
     tl.store(out + token * hidden + first_row + row, total)
-
-
-@dataclass(frozen=True)
-class Grouping:
-    """Pairs sorted by expert and cut into blocks, on the device.
-
-    Attributes:
-        order: int64 [pairs], the pair at each position; those without an expert on this rank come last.
-        starts: int64 [experts + 1], each expert's first position.
-        block_expert: int64 [most blocks], the block's expert; -1 for a block that is not needed.
-        block_first: int64 [most blocks], the block's first position.
-    """
-
-    order: Tensor
-    starts: Tensor
-    block_expert: Tensor
-    block_first: Tensor
-
-    @classmethod
-    def of(cls, topk_ids: Tensor, expert_map: Tensor | None, experts: int, tokens: int) -> Grouping:
-        """Groups pairs into blocks of `tokens`; shapes depend on shapes alone, and nothing waits for the device."""
-        expert = topk_ids.flatten().long()
-        if expert_map is not None:
-            expert = torch.where(expert < 0, -1, expert_map.long()[expert.clamp(min=0)])
-        ordered, order = torch.where(expert < 0, experts, expert).sort(stable=True)
-        numbers = torch.arange(experts + 1, device=expert.device)
-        starts = torch.searchsorted(ordered, numbers)
-        ends = ((starts.diff() + tokens - 1) // tokens).cumsum(0)  # of each expert's blocks
-        most = min(len(order), len(order) // tokens + experts)
-        block = torch.arange(most, device=expert.device)
-        of_block = torch.searchsorted(ends, block, right=True)
-        known = of_block.clamp(max=experts - 1)
-        first = starts[known] + (block - torch.where(known > 0, ends[known - 1], 0)) * tokens
-        return cls(order, starts, torch.where(of_block < experts, of_block, -1), first)
 
 
 def moe(
@@ -221,7 +251,6 @@ def moe(
     width, pairs = experts.width, tokens * top_k
     block = next((size for size in TOKENS if size * number >= pairs), TOKENS[-1])
     group = Grouping.of(topk_ids, expert_map, number, block)
-    grouping = (group.order, group.starts, group.block_expert, group.block_first)
     codebooks = experts.codebooks.view(torch.int64)
     mapping, mapped = (topk_ids, False) if expert_map is None else (expert_map, True)
     config = {"TOKENS": block, "ROWS": ROWS, "num_warps": WARPS, "num_stages": 1}
@@ -229,8 +258,8 @@ def moe(
     to_half[tokens,](x, half, factors, hidden, BLOCK=triton.next_power_of_2(hidden), num_warps=8)
     h, h_factors = _empty(pairs, width, x.device), _empty_factors(pairs * width // ROWS, x.device)
     gate_up_planes, down_planes = experts.planes
-    gate_up[width // ROWS, len(group.block_first)](
-        half.view(torch.int64), factors, h, h_factors, *grouping, experts.places, *gate_up_planes, codebooks,
+    gate_up[width // ROWS, len(group.expert)](
+        half.view(torch.int64), factors, h, h_factors, *group.tensors, experts.places, *gate_up_planes, codebooks,
         top_k, hidden, width, **config,
     )  # fmt: skip
     out = torch.empty_like(x)
@@ -238,8 +267,8 @@ def moe(
     products = torch.empty(pairs * slice_rows, dtype=torch.float32, device=x.device)
     for first in range(0, hidden, slice_rows):
         rows = min(slice_rows, hidden - first)
-        down[rows // ROWS, len(group.block_first)](
-            h.view(torch.int64), h_factors, products, *grouping, experts.places, *down_planes, codebooks,
+        down[rows // ROWS, len(group.expert)](
+            h.view(torch.int64), h_factors, products, *group.tensors, experts.places, *down_planes, codebooks,
             first, rows, hidden, width, **config,
         )  # fmt: skip
         combine[tokens, rows // ROWS](

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vqserve.kernels.experts import KernelExperts
-from vqserve.kernels.nvrtc import Argument, load_kernel
+from vqserve.kernels.nvrtc import Argument, Kernel, load_kernel
 
 MAX_TOKENS = 8
 MAX_TOP_K = 16
@@ -27,9 +27,19 @@ SHARED = 272 * 64 * 4 + 512 * 4 + 2 * MAX_EXPERTS * 16 + 6 * 4 + 8 + 32 * 20
 _SOURCE = ("vqserve.kernels.vq_moe", "lut.cu")
 
 
-def takes(tokens: int, top_k: int, experts: KernelExperts, dtype: torch.dtype) -> bool:
+def takes(tokens: int, top_k: int, experts: KernelExperts) -> bool:
     """Whether `moe` takes a call of this shape."""
-    return tokens <= MAX_TOKENS and top_k <= MAX_TOP_K and len(experts.places) <= MAX_EXPERTS and dtype in DTYPES
+    return tokens <= MAX_TOKENS and top_k <= MAX_TOP_K and len(experts.places) <= MAX_EXPERTS
+
+
+def load(device: torch.device) -> None:
+    """Compiles and loads the kernels."""
+    for name in ("gate_up", "down", "finish"):
+        _kernel(name, device)
+
+
+def _kernel(name: str, device: torch.device) -> Kernel:
+    return load_kernel(*_SOURCE, name, device.index, 0 if name == "finish" else SHARED)
 
 
 def moe(
@@ -52,7 +62,8 @@ def moe(
     """
     tokens, top_k = topk_ids.shape
     hidden, width, number = experts.hidden, experts.width, len(experts.places)
-    assert takes(tokens, top_k, experts, x.dtype)
+    assert takes(tokens, top_k, experts)
+    assert x.dtype in DTYPES
     assert x.shape == (tokens, hidden)
     assert x.stride(1) == 1
     assert topk_weights.dtype == torch.float32
@@ -63,24 +74,23 @@ def moe(
     out = torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
     if tokens == 0:
         return out
-    device = x.device.index
     bf16, ids64 = c_int(x.dtype == torch.bfloat16), c_int(topk_ids.dtype == torch.int64)
     sizes = [c_int(size) for size in (tokens, top_k, hidden, width)]
     gu, sums, flags = _accumulators(x.device, hidden, width)
     weights: list[list[Argument]] = [[*planes, experts.places, experts.codebooks] for planes in experts.planes]
     routed: list[Argument] = [topk_ids, ids64, expert_map]
-    resident = _resident_blocks(device) * tokens
-    load_kernel(*_SOURCE, "gate_up", device, SHARED).launch(
+    resident = _resident_blocks(x.device) * tokens
+    _kernel("gate_up", x.device).launch(
         max(resident, tokens * (2 * -(-hidden // 256) + 2 * -(-hidden // 512))),  # a block per table at least
         THREADS,
         [*weights[0], x, c_int64(x.stride(0)), bf16, *routed, *sizes, c_int(number), gu, flags],
     )
-    load_kernel(*_SOURCE, "down", device, SHARED).launch(
+    _kernel("down", x.device).launch(
         max(resident, tokens * top_k * -(-width // 256)),
         THREADS,
         [*weights[1], *routed, topk_weights, *sizes, c_int(number), gu, sums, flags],
     )
-    load_kernel(*_SOURCE, "finish", device).launch(
+    _kernel("finish", x.device).launch(
         -(-max(tokens * hidden // 2, tokens * top_k * width) // 256),
         256,
         [gu, sums, flags, out, bf16, *sizes],
@@ -88,7 +98,7 @@ def moe(
     return out
 
 
-def _resident_blocks(device: int) -> int:
+def _resident_blocks(device: torch.device) -> int:
     """Blocks that run at once: per multiprocessor two, which registers allow, or one if shared memory has no room."""
     properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count * min(2, properties.shared_memory_per_multiprocessor // (SHARED + 1024))

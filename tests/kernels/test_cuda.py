@@ -1,9 +1,10 @@
-"""The look-up-table kernel against the reference, on a GPU."""
+"""The kernels in CUDA C++ against the reference, on a GPU."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
@@ -16,13 +17,16 @@ from vqserve.format.flat import flat_layout
 from vqserve.format.geometry import Geometry
 from vqserve.format.tiers import TIERS
 from vqserve.kernels.experts import KernelExperts
-from vqserve.kernels.vq_moe.cuda import moe
+from vqserve.kernels.vq_gemm import cuda as gather
+from vqserve.kernels.vq_gemm.grouping import Grouping
+from vqserve.kernels.vq_moe import cuda as lut
 from vqserve.reference.dequantize import Codebook
 from vqserve.reference.moe import Experts
 from vqserve.reference.moe import moe as reference_moe
 
 pytestmark = pytest.mark.gpu
 
+KERNELS = pytest.mark.parametrize("kernel", [lut, gather], ids=["lut", "gather"])
 SHAPES = [(384, 256), (128, 128), (640, 384), (1024, 512), (6144, 1024)]
 
 
@@ -66,11 +70,14 @@ def _routed(
     return x.cuda(), weights.cuda(), ids.int().cuda()
 
 
-def _run(x: Tensor, weights: Tensor, ids: Tensor, experts: KernelExperts, expert_map: Tensor | None = None) -> Tensor:
-    """One call, its output poisoned first: the allocator hands the same memory out again."""
-    poison = torch.full_like(x, float("nan"))
+def _run(
+    kernel: ModuleType, routed: tuple[Tensor, ...], experts: KernelExperts, expert_map: Tensor | None = None
+) -> Tensor:
+    """One call, all its memory poisoned first: the allocator hands the same out again."""
+    poison = [torch.full((1 << 20,), float("nan"), device="cuda"), torch.full_like(routed[0], float("nan"))]
     del poison
-    return moe(x, weights, ids, experts, expert_map)
+    out: Tensor = kernel.moe(*routed, experts, expert_map)
+    return out
 
 
 def _error(found: Tensor, expected: Tensor) -> float:
@@ -84,28 +91,41 @@ def _cases() -> Iterator[tuple[dict[str, str], str]]:
     yield {}, "mixed"
 
 
+def _counts() -> Iterator[tuple[ModuleType, int]]:
+    yield from ((lut, tokens) for tokens in (1, 2, 5, 8))
+    yield from ((gather, tokens) for tokens in (1, 9, 33, 400))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [1, 2, 5, 8])
+@pytest.mark.parametrize(("kernel", "tokens"), _counts(), ids=lambda value: getattr(value, "__name__", value))
 @pytest.mark.parametrize(("hidden", "width"), SHAPES)
 @pytest.mark.parametrize("letters", [case[0] for case in _cases()], ids=[case[1] for case in _cases()])
 def test_it_computes_what_the_reference_computes(
-    letters: dict[str, str], hidden: int, width: int, tokens: int, dtype: torch.dtype, seed: int
+    letters: dict[str, str],
+    hidden: int,
+    width: int,
+    kernel: ModuleType,
+    tokens: int,
+    dtype: torch.dtype,
+    seed: int,
 ) -> None:
     experts = _experts(seed, hidden, width, letters or _mixed(seed, 8))
     routed = _routed(seed, tokens, hidden, 8, 3, dtype)
     expected = reference_moe(routed[0].float(), *routed[1:], experts)
-    assert _error(_run(*routed, in_kernel_order(experts)), expected) < 2e-3
+    assert _error(_run(kernel, routed, in_kernel_order(experts)), expected) < 2e-3
 
 
-def test_what_precedes_rounding_is_far_closer_than_half_precision(seed: int) -> None:
+@pytest.mark.parametrize(("kernel", "share"), [(lut, 0.01), (gather, 0.25)], ids=["lut", "gather"])
+def test_what_precedes_rounding_is_closer_than_half_precision(kernel: ModuleType, share: float, seed: int) -> None:
     experts = _experts(seed, 1024, 512, _mixed(seed, 8))
     routed = _routed(seed, 3, 1024, 8, 8, torch.bfloat16)
     expected = reference_moe(routed[0].float(), *routed[1:], experts).bfloat16()
-    differ = (_run(*routed, in_kernel_order(experts)) != expected).float().mean()
-    assert differ < 0.01, "all but a few values round alike"
+    differ = (_run(kernel, routed, in_kernel_order(experts)) != expected).float().mean()
+    assert differ < share, "most values round alike"
 
 
-def test_experts_that_are_skipped_or_elsewhere_add_nothing(seed: int) -> None:
+@KERNELS
+def test_experts_that_are_skipped_or_elsewhere_add_nothing(kernel: ModuleType, seed: int) -> None:
     experts = _experts(seed, 384, 256, _mixed(seed, 8))
     x, weights, ids = _routed(seed, 4, 384, 8, 4, torch.float16)
     ids[1] = -1
@@ -113,54 +133,80 @@ def test_experts_that_are_skipped_or_elsewhere_add_nothing(seed: int) -> None:
     expert_map = torch.tensor([3, -1, 0, -1, 7, 1, -1, 2], dtype=torch.int32, device="cuda")
     for mapped in (None, expert_map):
         expected = reference_moe(x.float(), weights, ids, experts, mapped)
-        found = _run(x, weights, ids, in_kernel_order(experts), mapped)
+        found = _run(kernel, (x, weights, ids), in_kernel_order(experts), mapped)
         assert (found[1] == 0).all()
         assert _error(found, expected) < 2e-3
 
 
-def test_ids_may_be_64_bits_wide_and_all_tokens_may_choose_one_expert(seed: int) -> None:
+@pytest.mark.parametrize(("kernel", "tokens"), [(lut, 8), (gather, 8), (gather, 1100)])
+def test_ids_may_be_64_bits_wide_and_all_tokens_may_choose_one_expert(
+    kernel: ModuleType, tokens: int, seed: int
+) -> None:
     experts = _experts(seed, 384, 256, _mixed(seed, 8))
-    x, weights, ids = _routed(seed, 8, 384, 8, 1, torch.float16)
+    x, weights, ids = _routed(seed, tokens, 384, 8, 1, torch.float16)
     ids[:] = 5
     expected = reference_moe(x.float(), weights, ids, experts)
-    assert _error(_run(x, weights, ids.long(), in_kernel_order(experts)), expected) < 2e-3
+    assert _error(_run(kernel, (x, weights, ids.long()), in_kernel_order(experts)), expected) < 2e-3
 
 
-@pytest.mark.parametrize("tokens", [1, 8])
-def test_a_hundred_runs_give_the_same_bits(tokens: int, seed: int) -> None:
+@pytest.mark.parametrize(("kernel", "tokens"), [(lut, 1), (lut, 8), (gather, 1), (gather, 200)])
+def test_a_hundred_runs_give_the_same_bits(kernel: ModuleType, tokens: int, seed: int) -> None:
     experts = in_kernel_order(_experts(seed, 6144, 1024, _mixed(seed, 16)))
     routed = _routed(seed, tokens, 6144, 16, 8, torch.bfloat16)
-    first = _run(*routed, experts)
-    assert all(torch.equal(_run(*routed, experts), first) for _ in range(100))
+    first = _run(kernel, routed, experts)
+    assert all(torch.equal(_run(kernel, routed, experts), first) for _ in range(100))
 
 
-def test_a_call_in_a_graph_reads_the_ids_of_the_replay(seed: int) -> None:
+def test_a_small_workspace_gives_the_same_bits(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    experts = in_kernel_order(_experts(seed, 640, 256, _mixed(seed, 8)))
+    routed = _routed(seed, 20, 640, 8, 4, torch.float16)
+    whole = _run(gather, routed, experts)
+    monkeypatch.setattr(gather, "WORKSPACE", 1)
+    assert torch.equal(_run(gather, routed, experts), whole)
+
+
+def test_the_sort_in_one_block_is_torchs(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for pairs, number, block in ((1, 8, 8), (7, 3, 8), (1000, 5, 16), (1024, 256, 8), (1023, 512, 32)):
+        ids = torch.randint(-1, number, (pairs, 1), generator=generator).cuda()
+        found, expected = gather.group(ids, None, number, block), Grouping.of(ids, None, number, block)
+        here = int((ids >= 0).sum())
+        used = expected.expert >= 0
+        assert torch.equal(found.order[:here], expected.order[:here])
+        assert torch.equal(found.expert, expected.expert)
+        assert torch.equal(found.first[used], expected.first[used])
+        assert torch.equal(found.last[used], expected.last[used])
+
+
+@pytest.mark.parametrize(("kernel", "tokens"), [(lut, 1), (gather, 12), (gather, 600)])
+def test_a_call_in_a_graph_reads_the_ids_of_the_replay(kernel: ModuleType, tokens: int, seed: int) -> None:
     experts = _experts(seed, 1024, 512, _mixed(seed, 8))
     ready = in_kernel_order(experts)
-    x, weights, ids = _routed(seed, 1, 1024, 8, 3, torch.float16)
-    _run(x, weights, ids, ready)
+    x, weights, ids = _routed(seed, tokens, 1024, 8, 3, torch.float16)
+    _run(kernel, (x, weights, ids), ready)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = moe(moe(x, weights, ids, ready), weights, ids, ready)
+        out = kernel.moe(kernel.moe(x, weights, ids, ready), weights, ids, ready)
     for again in range(5):
-        fresh = _routed(seed + 7 * again, 1, 1024, 8, 3, torch.float16)
+        fresh = _routed(seed + 7 * again, tokens, 1024, 8, 3, torch.float16)
         for target, source in zip((x, weights, ids), fresh, strict=True):
             target.copy_(source)
         out.fill_(float("nan"))
         graph.replay()
-        assert torch.equal(out, moe(moe(*fresh, ready), *fresh[1:], ready))
-        expected = reference_moe(moe(*fresh, ready).float(), *fresh[1:], experts)
-        assert _error(out, expected) < 2e-3
+        once = kernel.moe(*fresh, ready)
+        assert torch.equal(out, kernel.moe(once, *fresh[1:], ready))
+        assert _error(out, reference_moe(once.float(), *fresh[1:], experts)) < 2e-3
 
 
-def test_a_token_that_is_not_finite_is_nan_alone_and_once(seed: int) -> None:
+@KERNELS
+def test_a_token_that_is_not_finite_spoils_itself_alone_and_once(kernel: ModuleType, seed: int) -> None:
     experts = in_kernel_order(_experts(seed, 384, 256, _mixed(seed, 8)))
     x, weights, ids = _routed(seed, 3, 384, 8, 3, torch.bfloat16)
-    clean = _run(x, weights, ids, experts)
+    clean = _run(kernel, (x, weights, ids), experts)
     for value in (float("nan"), float("inf"), 1e30):
         broken = x.clone()
         broken[1, 17] = value
-        found = _run(broken, weights, ids, experts)
-        assert found[1].isnan().all()
+        found = _run(kernel, (broken, weights, ids), experts)
+        assert not found[1].isfinite().any()
         assert torch.equal(found[[0, 2]], clean[[0, 2]])
-        assert torch.equal(_run(x, weights, ids, experts), clean)
+        assert torch.equal(_run(kernel, (x, weights, ids), experts), clean)
