@@ -14,7 +14,7 @@ from vqserve.checkpoint.assume import SEED_MIX
 from vqserve.format.errors import UsageError
 from vqserve.format.strict_json import parse_object
 from vqserve.format.tiers import TIERS
-from vqserve.tables import check_writable, print_table, write_json
+from vqserve.tables import check_targets, print_table, write_json
 
 BATCHES = (1, 2, 4, 8, 16, 64, 512, 4096)
 
@@ -52,8 +52,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UsageError: There is no GPU, or a file cannot be written.
     """
-    check_writable("--json", args.json)
-    check_writable("--plot", args.plot)
+    check_targets({"--json": args.json, "--plot": args.plot}, [])
     import torch
 
     if not torch.cuda.is_available():
