@@ -24,9 +24,10 @@ help:
 ## demo    serve the small trained model on port 8001 (installs on first use; Ctrl-C ends it)
 .PHONY: demo
 demo: .venv/.runtime
-	@problem=$$({ $(BIN)/vqserve verify --quiet $(DEMO) 2>&1 >/dev/null || true; } | head -n 1); \
-	[ -z "$$problem" ] || { echo >&2 "$$problem: git checkout -- $(DEMO)"; exit 2; }
-	@$(BIN)/vqserve serve $(DEMO)
+	@found=$$($(BIN)/vqserve verify --quiet '$(DEMO)' 2>&1 >/dev/null) || { \
+	problem=$$(grep -m 1 '^vqserve: error: ' <<<"$$found" || tail -n 1 <<<"$$found"); \
+	printf >&2 '%s: git checkout -- %q && git clean -fdx %q\n' "$$problem" '$(DEMO)' '$(DEMO)'; exit 2; }
+	@$(BIN)/vqserve serve '$(DEMO)'
 
 ## demo-model  make the demo model anew from its trained parent: encode, serve, measure, choose (an hour, resumable)
 .PHONY: demo-model

@@ -137,6 +137,25 @@ def _content(sentence: str, name: str, change: Callable[[bytes], bytes], problem
     return Damage(sentence, partial(change_bytes, name=name, change=change), re.escape(name), problem, RESTORE)
 
 
+def _whole_with(name: str, content: bytes, folder: Path) -> None:
+    (folder / name).write_bytes(content)
+    write_manifest(folder)
+
+
+def _in_subfolder(folder: Path) -> None:
+    (folder / "sub").mkdir()
+    (folder / "sub" / "pytorch_model.bin").touch()
+
+
+def _without_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    write_manifest(folder)
+
+
+def _damaged(sentence: str, name: str, content: bytes, where: str, problem: str) -> Damage:
+    return Damage(sentence[:80], partial(_whole_with, name, content), re.escape(where), problem, RESTORE)
+
+
 def _missing(name: str, wanted: str) -> Damage:
     inflict = partial(change_tensors, change=lambda tensors: tensors.pop(name))
     problem = f"missing: no file holds it, expected {re.escape(wanted)}"
@@ -229,6 +248,90 @@ DAMAGES = (
     ),
     Damage("weights that no one reads", _surplus_weights, "adapter.safetensors", "surplus: .* names no tensor", ENCODE),
     Damage("a tensor in two files", _tensor_twice, f"{SECOND}: lm_head.weight", f".* says {FIRST}", ENCODE),
+    Damage("a pickle in a subfolder", _in_subfolder, "sub", "surplus", "remove it"),
+    Damage("a hidden pickle", lambda f: (f / ".x.bin").touch(), r"\.x\.bin", "surplus", "remove it"),
+    *(
+        Damage(
+            f"{name} that the manifest names", partial(_whole_with, name, b""), name, "expected a file in", "take it"
+        )
+        for name in ("pytorch_model.bin", "weights.pt", "x.pkl", "modeling_x.py", "zeros")
+    ),
+    *(
+        _damaged(f"{name} is {content!r}, manifest agreeing", name, content, name, problem)
+        for name, content, problem in (
+            ("tokenizer.json", b"garbage", "expected JSON, found an error"),
+            ("tokenizer_config.json", b"{", "expected JSON, found an error"),
+            ("tokenizer_config.json", b"[" * 100_000, "expected JSON, found it nested too deeply"),
+            ("generation_config.json", b"{", "expected JSON, found an error"),
+            ("generation_config.json", b"[]", "expected a JSON object, found list"),
+            ("chat_template.jinja", b"{% if", "expected a Jinja template, found an error"),
+            ("chat_template.jinja", b"{{ x | nonsense }}", "expected a Jinja template, found an error"),
+            ("chat_template.jinja", b"\xff", "expected UTF-8, found byte 0xff at 0"),
+        )
+    ),
+    _damaged(
+        "a tokenizer without tokens", "tokenizer.json", b"{}", "tokenizer.json: model.vocab", "expected the tokens"
+    ),
+    Damage(
+        "no tokenizer, manifest agreeing",
+        _without_tokenizer,
+        "tokenizer.json",
+        "named by the checkpoint, but is missing",
+        RESTORE,
+    ),
+    *(
+        _json(
+            f"{key} {value!r} in {name}",
+            name,
+            partial(lambda key, value, content: content.update({key: value}), key, value),
+            f"{name}: {key}",
+            f"expected token ids from 0 to 639, found {found}",
+            RESTORE,
+        )
+        for name, key, value, found in (
+            ("config.json", "eos_token_id", "x", "'x'"),
+            ("config.json", "eos_token_id", [0, 640], "640"),
+            ("config.json", "bos_token_id", -1, "-1"),
+            ("config.json", "pad_token_id", True, "True"),
+            ("generation_config.json", "eos_token_id", [0.0], "0.0"),
+            ("generation_config.json", "eos_token_id", {}, "{}"),
+        )
+    ),
+    _json(
+        "a token beyond the vocabulary",
+        "tokenizer.json",
+        lambda content: content["model"]["vocab"].update(x=640),
+        "tokenizer.json: model.vocab",
+        "expected token ids from 0 to 639, found 640",
+        RESTORE,
+    ),
+    _json(
+        "an added token beyond the vocabulary",
+        "tokenizer.json",
+        lambda content: content["added_tokens"][0].update(id="x"),
+        "tokenizer.json: added_tokens",
+        "expected token ids from 0 to 639, found 'x'",
+        RESTORE,
+    ),
+    _json(
+        "a temperature in words",
+        "generation_config.json",
+        lambda content: content.update(temperature="cold"),
+        "generation_config.json: temperature",
+        "expected a number, found 'cold'",
+        RESTORE,
+    ),
+    *(
+        _json(
+            f"code to run in {name}",
+            name,
+            lambda content: content.update(auto_map={"AutoModel": "modeling_x.X"}),
+            f"{name}: auto_map",
+            "names Python code",
+            "remove the key",
+        )
+        for name in ("config.json", "tokenizer_config.json")
+    ),
     _missing(f"{STEM}.3.up_proj.scales", "F16[256, 2]"),
     _missing("lm_head.weight", "BF16[640, 256]"),
     _missing("model.layers.0.self_attn.indexer.k_norm.bias", "BF16[128]"),

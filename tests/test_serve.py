@@ -199,7 +199,7 @@ def test_a_taken_port_is_found_before_the_start(random_checkpoint: Path, capsys:
         (("--tensor-parallel-size", "0"), "tensor parallel size 0"),
         (("--tensor-parallel-size", "1000000000"), "tensor parallel size 1000000000: num_attention_heads = 2"),
         (("--max-model-len", "5000"), "--max-model-len 5000: expected 1..4096"),
-        (("--chat-template", "nowhere.jinja"), "--chat-template nowhere.jinja: no such file"),
+        (("--chat-template", "nowhere.jinja"), "--chat-template nowhere.jinja: no such file; name one"),
         (("--attention", "sparse"), "no sparse attention on CPUs"),
     ],
 )
@@ -207,6 +207,35 @@ def test_an_impossible_value_is_refused(
     options: tuple[str, str], problem: str, random_checkpoint: Path, capsys: Capture
 ) -> None:
     assert problem in refused(capsys, str(random_checkpoint), *options)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *(("VLLM_CPU_KVCACHE_SPACE", text) for text in ("x", "", "1.5", "-1", "\u0661", "9" * 400)),
+        *(("VQSERVE_WARM_UP_SECONDS", text) for text in ("x", "nan", "inf", "-1", "0", "1e999")),
+    ],
+)
+def test_a_variable_that_vllm_would_refuse_after_loading_is_refused_before(
+    name: str, text: str, random_checkpoint: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, text)
+    line = refused(capsys, str(random_checkpoint), "--print")
+    assert f"{name}={text}: expected a" in line
+    assert "or unset it" in line
+
+
+def test_a_port_out_of_range_is_not_printed(random_checkpoint: Path, capsys: Capture) -> None:
+    assert "--port 99999: expected 1..65535" in refused(capsys, str(random_checkpoint), "--port", "99999", "--print")
+
+
+@pytest.mark.parametrize("content", [b"{% if", b"\xff"])
+def test_a_chat_template_of_one_s_own_has_to_be_one(
+    content: bytes, random_checkpoint: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "own.jinja").write_bytes(content)
+    line = refused(capsys, str(random_checkpoint), "--chat-template", str(tmp_path / "own.jinja"), "--print")
+    assert f"{tmp_path / 'own.jinja'}: expected" in line
 
 
 def test_experts_that_cannot_be_split_need_expert_parallelism(tmp_path: Path, capsys: Capture) -> None:
@@ -221,7 +250,7 @@ def test_experts_that_cannot_be_split_need_expert_parallelism(tmp_path: Path, ca
 def test_more_ranks_than_cores_are_refused(random_checkpoint: Path) -> None:
     pinned = f"import os; os.sched_setaffinity(0, {{0}}); {RUN}"
     done = run(pinned, "serve", str(random_checkpoint), "--tensor-parallel-size", "2")
-    assert done.stderr == "vqserve: error: --tensor-parallel-size 2: 1 CPU cores for that many ranks\n"
+    assert done.stderr == "vqserve: error: --tensor-parallel-size 2: 1 CPU cores for that many ranks; use at most 1\n"
 
 
 RUN = "import sys; from vqserve.cli import main; sys.exit(main(sys.argv[1:]))"

@@ -129,7 +129,10 @@ def main() -> None:
 
 def make(build: Path) -> None:
     """Encodes, measures, chooses and puts everything in its place."""
-    build.mkdir(parents=True, exist_ok=True)
+    try:
+        build.mkdir(parents=True, exist_ok=True)
+    except OSError as cause:
+        raise SystemExit(f"--build {build}: cannot be made: {cause.strerror}; name another folder") from cause
     started = time.monotonic()
 
     def say(text: str) -> None:

@@ -12,7 +12,7 @@ from vqserve.format.card import CARD, scores_section
 from vqserve.format.files import check_checkpoint
 from vqserve.format.manifest import MANIFEST, write_manifest
 
-SERVED = {
+SERVED: dict[str, Any] = {
     "task": "arithmetic",
     "seed": 0,
     "scores": [
@@ -76,12 +76,40 @@ def test_new_scores_replace_old_ones(checkpoint: Path, tmp_path: Path) -> None:
     assert "gained" not in card
 
 
-@pytest.mark.parametrize("content", [[], {}, {"kl": {"all": {"mean": 0.1}}}, {"task": "recall", "seed": 0}, 3, None])
+def served(**changes: object) -> str:
+    return json.dumps(SERVED | {"scores": [SERVED["scores"][0] | changes]})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("[]", "{}", "3", "null", "[" * 100_000, '{"kl": []}', '{"kl": {}}', '{"kl": {"all": {"mean": 0.1}}}'),
+        json.dumps({"task": "recall", "seed": 0}),
+        json.dumps(SERVED | {"task": "<!-- scores: end -->"}),
+        json.dumps(SERVED | {"scores": []}),
+        json.dumps(SERVED | {"seed": True}),
+        json.dumps(SERVED | {"against": {"gained": -1, "lost": 0}}),
+        json.dumps(KL).replace("0.01234", "NaN"),
+        json.dumps(KL).replace("0.01234", "1e999"),
+        json.dumps(KL).replace("0.01234", "9" * 400),
+        json.dumps(KL).replace("0.991", "1.1"),
+        json.dumps(KL).replace('"all"', '"a | b"'),
+        served(mode="a\n|b"),
+        served(group="all\n"),
+        served(right="NaN"),
+        served(right=-0.1),
+        served(items=1.5),
+        served(high=None),
+        served().replace("0.997", "1e999"),
+        served().replace("0.99,", "NaN,"),
+    ],
+)
 def test_what_is_no_result_is_refused_and_the_card_stays(
-    content: Any, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    content: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
-    path = result(tmp_path, "result.json", content)
+    path = tmp_path / "result.json"
+    path.write_text(content, encoding="utf-8")
     assert main(["card", str(checkpoint), "--scores", str(path)]) == 2
     assert f"{path}: not what `vqserve eval --json` writes" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
@@ -94,6 +122,15 @@ def test_a_card_without_a_place_for_scores_is_refused(
     write_manifest(checkpoint)
     assert main(["card", str(checkpoint), "--scores", str(result(tmp_path, "kl.json", KL))]) == 2
     assert "no place for scores" in capsys.readouterr().err
+
+
+def test_a_card_that_is_no_text_is_refused(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (checkpoint / CARD).write_bytes(b"\xff")
+    write_manifest(checkpoint)
+    assert main(["card", str(checkpoint), "--scores", str(result(tmp_path, "kl.json", KL))]) == 2
+    assert "README.md: expected the model card, as UTF-8; restore it" in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_gets_no_scores(

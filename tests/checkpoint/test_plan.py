@@ -119,6 +119,7 @@ def test_a_checkpoint_is_planned_in_its_own_tiers(random_checkpoint: Path, capsy
         (("--tiers", "a=0"), "all shares are 0"),
         (("--tiers", "a=1", "--bits", "2"), "not allowed with argument"),
         (("--gpus", "3"), "tensor parallel size 3: "),
+        (("--tiers", f"a={'9' * 400}"), "expected shares of a, b, c, d"),
         (("--json", "nowhere/plan.json"), "--json nowhere/plan.json: there is no folder nowhere"),
     ],
 )
@@ -149,6 +150,18 @@ def test_a_damaged_configuration_is_refused_in_one_line(
     for path in (file, tmp_path):
         assert problem in refused(capsys, str(path), "--memory", "1GiB")
     assert "found nothing" in refused(capsys, str(tmp_path / "nowhere"), "--memory", "1GiB")
+
+
+@pytest.mark.parametrize("dtype", [[], 0, "", {}, ["bfloat16"], "int8", False])
+def test_a_dtype_that_is_none_is_refused(dtype: object, tmp_path: Path, capsys: Capture) -> None:
+    file = tmp_path / "changed.json"
+    file.write_text(json.dumps({**json.loads(GEOMETRY.read_text(encoding="utf-8")), "dtype": dtype}), encoding="utf-8")
+    assert f"{file}: dtype: expected one of bfloat16" in refused(capsys, str(file), "--memory", "1GiB")
+
+
+def test_a_file_that_is_another_is_called_by_its_name(random_checkpoint: Path, capsys: Capture) -> None:
+    file = random_checkpoint / "tokenizer.json"
+    assert f"error: {file}: model_type: expected" in refused(capsys, str(file), "--memory", "1GiB")
 
 
 def test_the_mix_of_tiers_comes_to_the_bits_asked_for() -> None:

@@ -21,6 +21,7 @@ import torch
 from damage import DAMAGES, FIRST, SECOND, Damage, change_bytes, change_json, change_tensors, flip
 from vqserve.checkpoint.verify import verify
 from vqserve.cli import main
+from vqserve.format.files import INDEX
 from vqserve.format.manifest import MANIFEST, write_manifest
 
 Capture = pytest.CaptureFixture[str]
@@ -47,9 +48,9 @@ def refusals(capsys: Capture, *argv: str) -> list[str]:
 
 def padded(folder: Path, size: int) -> Path:
     """The checkpoint with one more file, of `size` zeros that take no room; its digest in the manifest is wrong."""
-    with (folder / "zeros").open("wb") as file:
+    with (folder / "zeros.txt").open("wb") as file:
         file.truncate(size)
-    change_json(folder, MANIFEST, lambda m: m["files"].update(zeros={"size": size, "sha256": "0" * 64}))
+    change_json(folder, MANIFEST, lambda m: m["files"].update({"zeros.txt": {"size": size, "sha256": "0" * 64}}))
     return folder
 
 
@@ -185,6 +186,21 @@ def test_a_result_inside_the_checkpoint_is_refused(checkpoint: Path, capsys: Cap
     assert not (checkpoint / "result.json").exists()
 
 
+def test_a_result_for_nowhere_is_refused_before_the_reading(checkpoint: Path, capsys: Capture) -> None:
+    (checkpoint / FIRST).unlink()
+    [line] = refusals(capsys, "verify", str(checkpoint), "--json", "nowhere/result.json")
+    assert "--json nowhere/result.json: there is no folder nowhere; make it, or name" in line
+
+
+def test_names_that_are_no_unicode_are_written_as_json_s_escapes(
+    checkpoint: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    change_json(checkpoint, INDEX, lambda index: index["weight_map"].update({"x\ud800": FIRST}))
+    refusals(capsys, "verify", str(checkpoint), "--json", str(tmp_path / "result.json"))
+    [finding] = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["findings"]
+    assert finding["where"].endswith("x\ud800")
+
+
 def test_memory_does_not_grow_with_the_files(checkpoint: Path) -> None:
     tracemalloc.start()
     try:
@@ -193,7 +209,7 @@ def test_memory_does_not_grow_with_the_files(checkpoint: Path) -> None:
     finally:
         tracemalloc.stop()
     assert verdict.nbytes > 1 << 28
-    assert [problem.where for problem in verdict.findings] == [str(checkpoint / "zeros")]
+    assert [problem.where for problem in verdict.findings] == [str(checkpoint / "zeros.txt")]
     assert peak < 1 << 24
 
 

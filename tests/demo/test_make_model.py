@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from make_model import README, Measured, keeps_enough, table, with_table
+from make_model import README, Measured, keeps_enough, make, table, with_table
 from vqserve.evaluate.items import LANGUAGES
 from vqserve.evaluate.needle import LENGTHS
 
@@ -32,6 +33,11 @@ def model(sums: Mapping[str, float], needles: Mapping[int, float], **more: Any) 
 
 
 PARENT = model({}, {})
+
+
+def test_a_folder_that_cannot_be_made_is_refused() -> None:
+    with pytest.raises(SystemExit, match=r"--build /dev/null/x: cannot be made: Not a directory; name another folder"):
+        make(Path("/dev/null/x"))
 
 
 @pytest.mark.parametrize(

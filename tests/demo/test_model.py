@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,6 +105,15 @@ def test_the_parent_is_whole_and_small(demo_parent: Path) -> None:
     sizes = [file.stat().st_size for file in demo_parent.iterdir()]
     assert sum(sizes) <= 29_000_000
     assert max(sizes) <= 16 << 20
+
+
+def test_the_encoded_model_and_all_that_git_tracks_stay_small(demo_model: Path) -> None:
+    assert sum(file.stat().st_size for file in demo_model.iterdir()) <= 10_000_000
+    root = Path(__file__).parents[2]
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True, check=True).stdout
+    sizes = {name: (root / name).lstat().st_size for name in names.split("\0")[:-1]}
+    assert max(sizes.values()) <= 16 << 20
+    assert sum(sizes.values()) <= 42 << 20
 
 
 def test_what_lies_beside_the_weights_is_what_a_training_would_write(demo_parent: Path) -> None:

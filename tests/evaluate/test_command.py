@@ -28,7 +28,7 @@ def test_a_server_that_is_not_there_is_said_so(capsys: pytest.CaptureFixture[str
     assert "vqserve serve" in line
 
 
-@pytest.mark.parametrize("content", [None, "not json", '{"items": 3', '{"scores": []}', "[]"])
+@pytest.mark.parametrize("content", [None, "not json", '{"items": 3', '{"scores": []}', "[]", "[" * 50_000])
 def test_a_file_to_compare_with_has_to_be_a_run(
     content: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -37,6 +37,11 @@ def test_a_file_to_compare_with_has_to_be_a_run(
         path.write_text(content)
     line = error_of(capsys, "recall", "http://127.0.0.1:9", "--against", path)
     assert str(path) in line
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:99999", "http://127.0.0.1:x", "http://[::1"])
+def test_a_url_that_is_none_is_refused(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"{url}: expected a URL such as http://127.0.0.1:8001" in error_of(capsys, "needle", url)
 
 
 def test_results_go_to_a_folder_that_exists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,7 +119,3 @@ def test_a_run_on_other_items_is_refused(change: dict[str, Any]) -> None:
         check_same(before, ["direct"], draw(**same | change))
     with pytest.raises(UsageError, match="--against"):
         check_same(before, ["thinking"], draw(**same))
-
-
-def test_what_is_no_url_is_said_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "cannot be reached" in error_of(capsys, "recall", "http://[::1", "--per-language", "1")

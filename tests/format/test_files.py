@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from torch import Tensor
 
 from random_checkpoint import make_random_checkpoint, read_tensors
 from random_parent import make_random_parent, write_json, write_weights
+from vqserve.cli import main
 from vqserve.format.errors import CheckpointError, ConfigError, ManifestError, TensorError
 from vqserve.format.files import INDEX, check_checkpoint
 from vqserve.format.files import read_tensors as find_tensors
-from vqserve.format.manifest import write_manifest
+from vqserve.format.manifest import MANIFEST, write_manifest
 
 FIRST = "model-00001-of-00002.safetensors"
 SECOND = "model-00002-of-00002.safetensors"
@@ -324,19 +325,31 @@ def test_an_unquantized_checkpoint_s_tensors_are_found_too(random_parent: Path) 
     assert found["model.layers.1.mlp.gate.e_score_correction_bias"].dtype == "F32"
 
 
+def _damaged(chooser: random.Random, content: bytes) -> bytes:
+    """Content with up to 8 bytes overwritten, put in or left out somewhere, or cut off there."""
+    length, at = chooser.choice((1, 2, 8)), chooser.randrange(len(content))
+    if chooser.random() < 0.5:
+        at %= 60_000  # headers are what most checks are about
+    noise = chooser.choice((chooser.randbytes(length), bytes(chooser.choices(b'[]{},:"\\0-e', k=length))))
+    before, after = content[:at], content[at:]
+    return chooser.choice((before + noise + after[length:], before + noise + after, before + after[length:], before))
+
+
+def _damages(folder: Path, chooser: random.Random, times: int) -> Iterator[Path]:
+    """Damages a file of a checkpoint at a time, the manifest agreeing, and makes it whole again."""
+    whole = {path: path.read_bytes() for path in sorted(folder.iterdir())}
+    for _ in range(times):
+        path = chooser.choice(list(whole))
+        path.write_bytes(_damaged(chooser, whole[path]))
+        if path.name != MANIFEST:
+            write_manifest(folder)
+        yield path
+        for damaged in (path, folder / MANIFEST):
+            damaged.write_bytes(whole[damaged])
+
+
 def test_random_bytes_in_any_file_are_refused_or_harmless(checkpoint: Path, seed: int) -> None:
-    chooser = random.Random(seed)
-    files = sorted(checkpoint.iterdir())
-    whole = {path: path.read_bytes() for path in files}
-    for _ in range(150):
-        path = chooser.choice([path for path in files if path.suffix in (".json", ".safetensors")])
-        damaged = bytearray(whole[path])
-        start = chooser.randrange(min(len(damaged), 60_000))
-        for at in range(start, min(start + chooser.choice((1, 2, 8)), len(damaged))):
-            damaged[at] = chooser.randrange(256)
-        path.write_bytes(damaged)
-        if path.name != "manifest.json":
-            write_manifest(checkpoint)
+    for _ in _damages(checkpoint, random.Random(seed), 150):
         try:
             checked = check_checkpoint(checkpoint)
         except CheckpointError as refused:
@@ -344,5 +357,15 @@ def test_random_bytes_in_any_file_are_refused_or_harmless(checkpoint: Path, seed
         else:
             for tensor in checked.tensors.values():
                 tensor.read()
-        path.write_bytes(whole[path])
-        (checkpoint / "manifest.json").write_bytes(whole[checkpoint / "manifest.json"])
+
+
+def test_commands_end_with_a_line_whatever_bytes_a_file_holds(
+    checkpoint: Path, seed: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in _damages(checkpoint, random.Random(seed), 25):
+        for command in (("verify",), ("inspect",), ("plan", "--memory", "4GiB")):
+            code = main([command[0], str(checkpoint), *command[1:]])
+            error = capsys.readouterr().err
+            assert code in (0, 2), (command, path)
+            assert bool(error) == (code == 2), (command, path)
+            assert all(line.startswith("vqserve: error: ") for line in error.splitlines())

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from vqserve.format.atomic import unfinished_name
 from vqserve.format.errors import ManifestError
 from vqserve.format.manifest import build_manifest, check_manifest, plain_file, read_manifest, write_manifest
 
@@ -30,11 +31,29 @@ def test_the_golden_manifest_is_written_and_passes(folder: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {"a.txt", "empty", "manifest.json"}
 
 
-def test_hidden_files_and_subfolders_are_no_part_of_a_checkpoint(folder: Path) -> None:
+def test_what_hubs_git_and_file_systems_put_beside_a_checkpoint_is_no_part_of_it(folder: Path) -> None:
     (folder / ".cache").mkdir()
+    (folder / ".git").mkdir()
     (folder / ".gitattributes").write_text("x", encoding="utf-8")
     (folder / "lost+found").mkdir()
     assert set(check_manifest(folder, digests=True)) == {"a.txt", "empty"}
+
+
+@pytest.mark.parametrize("name", [".x.bin", "sub", "sub/pytorch_model.bin", ".hidden/x.safetensors", "b.txt"])
+def test_what_the_manifest_does_not_name_is_refused_wherever_it_is(name: str, folder: Path) -> None:
+    (folder / name).parent.mkdir(exist_ok=True)
+    if name == "sub":
+        (folder / name).mkdir()
+    else:
+        (folder / name).touch()
+    with pytest.raises(ManifestError, match=rf"{name.partition('/')[0]}: surplus: .*; remove it from the folder"):
+        check_manifest(folder, digests=False)
+
+
+def test_what_an_interrupted_write_left_is_called_that(folder: Path) -> None:
+    unfinished_name(folder / "a.txt").touch()
+    with pytest.raises(ManifestError, match="left by a write that was interrupted; remove it"):
+        check_manifest(folder, digests=False)
 
 
 def _edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -105,8 +124,9 @@ def test_a_link_out_of_the_folder_is_refused_and_one_inside_is_not(folder: Path)
     with pytest.raises(ManifestError, match="found a link"):
         build_manifest(folder)
     (folder / "a.txt").unlink()
-    (folder.parent / "outside").rename(folder / ".content")
-    (folder / "a.txt").symlink_to(".content")
+    (folder.parent / "outside").rename(folder / "content")
+    (folder / "a.txt").symlink_to("content")
+    write_manifest(folder)
     check_manifest(folder, digests=True)
 
 

@@ -126,10 +126,11 @@ def test_an_engine_that_never_answers_is_given_up(folder: Path, monkeypatch: pyt
     assert "--warm-up-seconds" in reason
 
 
-def test_a_time_that_is_no_number_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(WARM_UP_SECONDS, "soon")
+@pytest.mark.parametrize("text", ["soon", "nan", "inf", "-1", "0"])
+def test_a_time_that_is_no_number_is_refused(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(WARM_UP_SECONDS, text)
     status, reason = after_warm_up(folder, right)
-    assert (status, reason.split(";")[0]) == ("refused", f"{WARM_UP_SECONDS}=soon: expected a number of seconds")
+    assert (status, reason.split(";")[0]) == ("refused", f"{WARM_UP_SECONDS}={text}: expected a number of seconds")
 
 
 def test_known_answers_that_cannot_be_read_are_refused(folder: Path) -> None:

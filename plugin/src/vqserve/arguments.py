@@ -5,7 +5,14 @@ from __future__ import annotations
 import argparse
 import re
 
+_DIGITS = 15
+"""More than anything counted here has; a float takes them."""
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+
+
+def shortened(text: str) -> str:
+    """A wrong argument for an error message: of a very long one, its beginning."""
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def positive(text: str) -> int:
@@ -14,8 +21,8 @@ def positive(text: str) -> int:
     Raises:
         ArgumentTypeError: It is not one.
     """
-    if not (text.isascii() and text.isdecimal()) or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    if re.fullmatch(rf"[0-9]{{1,{_DIGITS}}}", text) is None or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{shortened(text)!r} is not a whole number of at least 1")
     return int(text)
 
 
@@ -25,7 +32,7 @@ def size(text: str) -> int:
     Raises:
         ArgumentTypeError: It is not one, or 0.
     """
-    found = re.fullmatch(r"([0-9]+)\s*([KMG]?)(?:i?B)?", text.strip())
+    found = re.fullmatch(rf"([0-9]{{1,{_DIGITS}}})\s*([KMG]?)(?:i?B)?", text.strip())
     if found is None or int(found[1]) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500MiB or 4GiB")
+        raise argparse.ArgumentTypeError(f"{shortened(text)!r} is not a size such as 500MiB or 4GiB")
     return int(found[1]) * _UNITS[found[2]]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import socket
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 from vqserve.arguments import positive
 from vqserve.capacity import available_bytes, check_cpu, check_gpus, gpu_bytes
 from vqserve.cpu import Cpu, cores_of_ranks, find_cpu
+from vqserve.format.companions import CHAT_TEMPLATE
 from vqserve.format.errors import UsageError
 from vqserve.format.files import DIGEST_LIMIT, Checkpoint, ParentCheckpoint, check_checkpoint, check_parent, read_config
 from vqserve.format.geometry import Geometry
@@ -25,13 +27,16 @@ from vqserve.format.known_answers import read_known_answers
 from vqserve.format.layout import check_shardable
 from vqserve.format.memory import memory
 from vqserve.format.variants import check_variant
-from vqserve.settings import SPINE, WARM_UP_SECONDS
+from vqserve.settings import SPINE, WARM_UP_SECONDS, warm_up_seconds
 
 VLLM_VERSION = "0.32.0"
 DENSE_CONTEXT = 4096
 """Default context of dense attention, in tokens: it is exact up to 2048 and has been validated up to this."""
 PLUGINS = {"vqserve": "vllm.general_plugins", "vqserve-readiness": "vllm.endpoint_plugins"}
 """Our plugins of vLLM, each with its group of entry points. vLLM loads some groups only if told each plugin's name."""
+
+KV_CACHE = "VLLM_CPU_KVCACHE_SPACE"
+"""vLLM's variable for the GiB of each rank's KV cache on a CPU."""
 
 _WHOLE_EXPERTS = {"-ep", "--enable-expert-parallel", "--enable_expert_parallel"}
 
@@ -75,6 +80,9 @@ def run(args: argparse.Namespace) -> int:
     vllm = check_vllm()
     checkpoint = check_parent(args.path) if args.bf16 else check_checkpoint(args.path)
     read_known_answers(args.path)
+    from vqserve.checkpoint.chat import check_template  # jinja2 may be missing where vLLM is
+
+    check_template(args.chat_template or args.path / CHAT_TEMPLATE)
     cpu = find_cpu() if vllm.endswith("+cpu") else None
     check_arguments(args, checkpoint, cpu)
     environment = server_environment(args, checkpoint.geometry, cpu)
@@ -129,7 +137,9 @@ def check_arguments(args: argparse.Namespace, checkpoint: Checkpoint | ParentChe
     if args.max_model_len is not None and not 1 <= args.max_model_len <= longest:
         raise UsageError(f"--max-model-len {args.max_model_len}: expected 1..{longest}, which the model was made for")
     if args.chat_template is not None and not args.chat_template.is_file():
-        raise UsageError(f"--chat-template {args.chat_template}: no such file")
+        raise UsageError(
+            f"--chat-template {args.chat_template}: no such file; name one, or leave it out for the checkpoint's"
+        )
     if cpu and args.attention == "sparse":
         raise UsageError("--attention sparse: vLLM has no sparse attention on CPUs; use dense")
     if args.attention == "sparse" and checkpoint.config.get("indexer_rope_interleave") is not True:
@@ -137,19 +147,28 @@ def check_arguments(args: argparse.Namespace, checkpoint: Checkpoint | ParentChe
             f"{args.path / 'config.json'} has no indexer_rope_interleave, and vLLM would rotate the indexer wrongly"
         )
         raise UsageError(f"--attention sparse: {problem}; set it to true")
-    cores = len(os.sched_getaffinity(0))
-    if cpu and args.tensor_parallel_size > cores:
-        raise UsageError(f"--tensor-parallel-size {args.tensor_parallel_size}: {cores} CPU cores for that many ranks")
+    if not 1 <= args.port <= 65535:
+        raise UsageError(f"--port {args.port}: expected 1..65535")
+    if args.warm_up_seconds is None:
+        warm_up_seconds()
+    if cpu:
+        _check_on_cpu(args.tensor_parallel_size)
+
+
+def _check_on_cpu(ranks: int) -> None:
+    cores, space = len(os.sched_getaffinity(0)), os.environ.get(KV_CACHE)
+    if ranks > cores:
+        raise UsageError(f"--tensor-parallel-size {ranks}: {cores} CPU cores for that many ranks; use at most {cores}")
+    if space is not None and re.fullmatch("[0-9]{1,6}", space) is None:
+        raise UsageError(f"{KV_CACHE}={space}: expected a whole number of GiB; set it to one, or unset it")
 
 
 def check_port(host: str, port: int) -> None:
     """Binds the port and lets it go again, so that a taken one is found before minutes of loading.
 
     Raises:
-        UsageError: The port is taken or out of range, or the address is not one of this machine's.
+        UsageError: The port is taken, or the address is not one of this machine's.
     """
-    if not 1 <= port <= 65535:
-        raise UsageError(f"--port {port}: expected 1..65535")
     try:
         with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
             pass
@@ -182,9 +201,7 @@ def check_memory(
     )
     tokens = context(args, checkpoint.geometry)
     if cpu:
-        space = environment["VLLM_CPU_KVCACHE_SPACE"]
-        # What is no number vLLM refuses by itself.
-        check_cpu(plan, tokens, int(space) if space.isdecimal() else 0, available_bytes())
+        check_cpu(plan, tokens, int(environment[KV_CACHE]), available_bytes())
     else:
         check_gpus(plan, tokens, args.passed, gpu_bytes())
 
@@ -197,7 +214,7 @@ def server_environment(args: argparse.Namespace, geometry: Geometry, cpu: Cpu | 
         environment["VLLM_USE_BREAKABLE_CUDAGRAPH"] = "1"
     if cpu:
         # Set in any case: without it vLLM wants 92 % of a memory node free, whatever it will use.
-        environment["VLLM_CPU_KVCACHE_SPACE"] = str(_kv_cache_gib(geometry, context(args, geometry), cpu))
+        environment[KV_CACHE] = str(_kv_cache_gib(geometry, context(args, geometry), cpu))
         environment[SPINE] = cpu.spine
         # Answering a request for logprobs would compile an operator: ten seconds, and a C++ compiler at run time.
         environment["TORCHDYNAMO_DISABLE"] = "1"

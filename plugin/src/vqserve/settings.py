@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Literal
 
@@ -15,6 +16,22 @@ SPINE = "VQSERVE_SPINE"
 packed wherever vLLM can."""
 
 Spine = Literal["packed", "dequantized"]
+
+
+def warm_up_seconds() -> float:
+    """What `WARM_UP_SECONDS` says.
+
+    Raises:
+        UsageError: No number of seconds, or one that is not above 0 and finite.
+    """
+    text = os.environ.get(WARM_UP_SECONDS) or "600"
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise UsageError(f"{WARM_UP_SECONDS}={text}: expected a number of seconds; set it, or unset it")
+    return seconds
 
 
 def wanted_spine() -> Spine | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rich.table import Table
 
 from vqserve.format.atomic import write_whole
 from vqserve.format.errors import UsageError
+from vqserve.format.manifest import MANIFEST
 
 PLAIN_WIDTH = 120
 """Columns of a table that does not go to a terminal."""
@@ -38,18 +40,50 @@ def gib(size: int) -> str:
     return f"{size} B"
 
 
-def check_writable(option: str, path: Path | None) -> None:
-    """Checks that a file can be written, before the work whose result goes into it.
+def check_targets(targets: Mapping[str, Path | None], inputs: Iterable[Path | None]) -> None:
+    """Checks that files can be written without harm to another, before the work whose results go into them.
+
+    Args:
+        targets: The files by option; those left out are None.
+        inputs: Files and folders that the command reads.
 
     Raises:
-        UsageError: There is no such folder, or the path is one.
+        UsageError: There is no such folder, the path is no regular file, or it belongs to what is read, to a checkpoint
+            or to another option.
     """
-    if path is not None and not path.parent.is_dir():
-        raise UsageError(f"{option} {path}: there is no folder {path.parent}")
-    if path is not None and path.is_dir():
-        raise UsageError(f"{option} {path}: is a folder; name a file")
+    taken: dict[Path, str] = {}
+    for option, path in targets.items():
+        if path is None:
+            continue
+        where = f"{option} {path}"
+        _check_writable(where, path)
+        place = path.resolve()
+        for given in inputs:
+            if given is not None and given.is_dir() and place.is_relative_to(given.resolve()):
+                raise UsageError(f"{where}: would be a surplus file of the checkpoint; write it somewhere else")
+            if given is not None and path.exists() and given.exists() and path.samefile(given):
+                raise UsageError(f"{where}: is what the command reads; name another file")
+        if any(all((folder / name).is_file() for name in ("config.json", MANIFEST)) for folder in place.parents):
+            raise UsageError(f"{where}: would be a surplus file of the checkpoint; write it somewhere else")
+        if place in taken:
+            raise UsageError(f"{where}: is the file of {taken[place]} too; name another one")
+        taken[place] = option
+
+
+def _check_writable(where: str, path: Path) -> None:
+    if path.is_symlink():
+        raise UsageError(f"{where}: is a link, which would be replaced; name the file that it leads to")
+    if path.is_dir():
+        raise UsageError(f"{where}: is a folder; name a file")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{where}: is no regular file and would be replaced by one; name a file")
+    if not path.parent.is_dir():
+        raise UsageError(f"{where}: there is no folder {path.parent}; make it, or name a file elsewhere")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UsageError(f"{where}: {path.parent} is not yours to write to; name a file elsewhere")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes what a command has found."""
-    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    """Writes what a command has found; of names that are no Unicode, half a character becomes JSON's escape for it."""
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    write_whole(path, text.encode("utf-8", "backslashreplace").decode("utf-8"))

@@ -14,7 +14,7 @@ from vqserve.checkpoint.assume import SEED_MIX
 from vqserve.format.errors import CheckpointError, UsageError
 from vqserve.format.strict_json import parse_object
 from vqserve.format.tiers import TIERS
-from vqserve.tables import check_writable, gib, print_table, write_json
+from vqserve.tables import check_targets, gib, print_table, write_json
 
 STOCK_EXPERTS = 32
 """Routed experts of the model in vLLM's own 4 bit: 256 would not fit, and a single stream reads 8 of either."""
@@ -81,8 +81,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UsageError: There is no GPU, or a file cannot be written.
     """
-    check_writable("--json", args.json)
-    check_writable("--plot", args.plot)
+    check_targets({"--json": args.json, "--plot": args.plot}, [])
     import torch
 
     if not torch.cuda.is_available():

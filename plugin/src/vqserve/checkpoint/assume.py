@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
+from vqserve.arguments import shortened
 from vqserve.format.config import PROJECTIONS, QuantConfig, Spine, VQModule
 from vqserve.format.errors import UsageError
 from vqserve.format.geometry import Geometry
@@ -14,6 +16,8 @@ from vqserve.format.tiers import TIERS
 
 SEED_MIX = {"a": 0.27, "c": 0.59, "d": 0.14}
 """Shares of the routed experts' weights per tier in the GLM-5.2-VQ-Arith model card: 1.86 bits without scales."""
+
+_SHARE = re.compile(r"[0-9]{1,15}(\.[0-9]{0,15})?|\.[0-9]{1,15}")
 
 
 def read_mix(text: str) -> dict[str, float]:
@@ -29,14 +33,14 @@ def read_mix(text: str) -> dict[str, float]:
     for item in text.split(","):
         letter, _, share = item.partition("=")
         known = letter in TIERS and letter not in shares
-        if not known or not share.replace(".", "", 1).isdecimal() or not share.isascii():
+        if not known or _SHARE.fullmatch(share) is None:
             raise UsageError(
-                f"--tiers {text}: expected shares of {', '.join(TIERS)}, each once, such as a=27,c=59,d=14"
+                f"--tiers {shortened(text)}: expected shares of {', '.join(TIERS)}, each once, such as a=27,c=59,d=14"
             )
         shares[letter] = float(share)
     total = sum(shares.values())
     if total == 0:
-        raise UsageError(f"--tiers {text}: all shares are 0")
+        raise UsageError(f"--tiers {shortened(text)}: all shares are 0; give one that is not, such as a=27,c=59,d=14")
     return {letter: share / total for letter, share in shares.items()}
 
 

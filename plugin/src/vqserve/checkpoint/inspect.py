@@ -16,13 +16,13 @@ from typing import Any
 
 from vqserve.format.config import PROJECTIONS, QuantConfig
 from vqserve.format.errors import ConfigError, UsageError
-from vqserve.format.files import check_checkpoint, described, readable
+from vqserve.format.files import called, check_checkpoint, described, readable
 from vqserve.format.geometry import Geometry
 from vqserve.format.layout import parent_specs
 from vqserve.format.names import layer_of, parse_expert_tensor, parse_experts_module
 from vqserve.format.strict_json import read_object
 from vqserve.format.tiers import TIERS
-from vqserve.tables import check_writable, gib, print_table, write_json
+from vqserve.tables import check_targets, gib, print_table, write_json
 
 _PARTS = _EXPERTS, _FOUR_BIT, _KEPT = "routed experts", "4-bit spine", "not quantized"
 _SPINE = {"qweight": "codes", "scales": "scales", "qzeros": "zero points"}
@@ -78,10 +78,7 @@ def run(args: argparse.Namespace) -> int:
         CheckpointError: There is no checkpoint, or it is damaged or not quantized.
         UsageError: A file cannot be written, or matplotlib is needed and missing.
     """
-    for option, path in (("--json", args.json), ("--plot", args.plot)):
-        check_writable(option, path)
-        if path is not None and args.path.is_dir() and path.resolve().is_relative_to(args.path.resolve()):
-            raise UsageError(f"{option} {path}: would be a surplus file of the checkpoint; write it somewhere else")
+    check_targets({"--json": args.json, "--plot": args.plot}, [args.path])
     if args.plot is not None:
         check_picture(args.plot)
     found, total = read_inventory(args.path)
@@ -124,7 +121,7 @@ def read_inventory(path: Path) -> tuple[Inventory, int | None]:
         stored = {name: tensor.nbytes for name, tensor in checkpoint.tensors.items()}
         size = sum(record.size for record in checkpoint.files.values())
         return inventory(checkpoint.geometry, checkpoint.quant, stored), size
-    with readable(path):
+    with readable(path), called(path):
         geometry, quant, specs = described(path.parent, read_object(path, ConfigError))
     return inventory(geometry, quant, {spec.name: spec.nbytes for spec in specs.values() if spec.required}), None
 

@@ -13,13 +13,13 @@ from vqserve.arguments import positive, size
 from vqserve.checkpoint.assume import SEED_MIX, assumed, mix_for, read_mix
 from vqserve.format.config import PROJECTIONS, QuantConfig
 from vqserve.format.errors import ConfigError, UsageError
-from vqserve.format.files import read_config, readable
+from vqserve.format.files import called, read_config, readable
 from vqserve.format.geometry import Geometry
 from vqserve.format.layout import checkpoint_specs
 from vqserve.format.memory import ATTENTIONS, Attention, Memory, memory
 from vqserve.format.strict_json import read_object
 from vqserve.format.tiers import TIERS
-from vqserve.tables import check_writable, gib, print_table, write_json
+from vqserve.tables import check_targets, gib, print_table, write_json
 
 RESERVE = 2 << 30
 """Assumed, not measured on a card: about 1 GiB for the CUDA context and NCCL, the rest for activations."""
@@ -53,7 +53,12 @@ def run(args: argparse.Namespace) -> int:
         CheckpointError: The configuration is damaged or not a GLM-MoE-DSA model's.
         UsageError: An option does not go with the model.
     """
-    check_writable("--json", args.json)
+    check_targets({"--json": args.json}, [args.path])
+    with called(args.path):
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     config, assumption = _config(args)
     geometry = Geometry.from_dict(config)
     context = args.context or min(4096, geometry.max_position_embeddings)

@@ -24,7 +24,9 @@ import numpy as np
 from tqdm import tqdm
 
 from vqserve.arguments import positive
-from vqserve.format.errors import CheckpointError, UsageError
+from vqserve.checkpoint.chat import check_template
+from vqserve.format.companions import CHAT_TEMPLATE, check_companions
+from vqserve.format.errors import CheckpointError
 from vqserve.format.files import (
     check_folder,
     check_tensors,
@@ -39,7 +41,7 @@ from vqserve.format.known_answers import read_known_answers
 from vqserve.format.layout import DTYPE_BYTES
 from vqserve.format.manifest import FileRecord, check_digest, check_sizes, read_manifest
 from vqserve.format.values import FULL_EXPONENT, check_codebooks, check_zero_points, not_finite
-from vqserve.tables import write_json
+from vqserve.tables import check_targets, write_json
 
 _PIECE = 1 << 20
 """Bytes that a thread holds at a time; a multiple of every element's size."""
@@ -79,11 +81,10 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         CheckpointError: There is no checkpoint at all.
-        UsageError: The result would become a file of the checkpoint.
+        UsageError: The result cannot be written.
     """
     check_folder(args.path)
-    if args.json is not None and args.json.resolve().parent == args.path.resolve():
-        raise UsageError(f"--json {args.json}: would be a surplus file of the checkpoint; write it somewhere else")
+    check_targets({"--json": args.json}, [args.path])
     start = time.perf_counter()
     verdict = verify(args.path, args.threads or len(os.sched_getaffinity(0)), quiet=args.quiet)
     seconds = time.perf_counter() - start
@@ -168,7 +169,11 @@ def _check_structure(folder: Path, found: _Findings) -> tuple[Mapping[str, FileR
     with found.noted(folder):
         read_known_answers(folder)
     with found.noted(folder):
-        _, quant, specs = described(folder, read_config(folder, links=False))
+        check_template(folder / CHAT_TEMPLATE)
+    with found.noted(folder):
+        config = read_config(folder, links=False)
+        geometry, quant, specs = described(folder, config)
+        check_companions(folder, files, config, geometry.vocab_size, found.note)
         before = found.noted_times
         tensors = read_tensors(folder, links=False, report=found.note)
         # What a damaged file should hold is not missing too; and only right tensors have values to look at.

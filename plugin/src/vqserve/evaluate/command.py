@@ -16,7 +16,7 @@ from vqserve.evaluate.items import LANGUAGES
 from vqserve.evaluate.needle import DEPTHS, LENGTHS
 from vqserve.format.errors import UsageError
 from vqserve.format.files import read_config
-from vqserve.tables import check_writable, print_table, write_json
+from vqserve.tables import check_targets, print_table, write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +74,8 @@ def run(args: argparse.Namespace) -> int:
         UsageError: The server cannot be reached, or a file is not what it should be.
         CheckpointError: A checkpoint is damaged.
     """
-    check_writable("--json", args.json)
+    inputs = [args.model, args.parent, args.text] if args.task == "kl" else [args.against]
+    check_targets({"--json": args.json}, inputs)
     report = _kl(args) if args.task == "kl" else _questions(args)
     if args.json:
         write_json(args.json, report)
@@ -141,11 +142,13 @@ def _read_run(path: Path) -> list[dict[str, Any]]:
     try:
         items: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["items"]
         for item in items:
-            item["mode"], item["question"], item["expected"], item["right"]
+            if not isinstance(item["right"], bool):
+                raise TypeError(item["right"])
+            item["mode"], item["question"], item["expected"]
     except FileNotFoundError as cause:
         raise UsageError(f"--against {path}: no such file; write one with --json") from cause
-    except (ValueError, KeyError, TypeError) as cause:
-        raise UsageError(f"--against {path}: not the --json of a run") from cause
+    except (ValueError, KeyError, TypeError, RecursionError) as cause:
+        raise UsageError(f"--against {path}: not the --json of a run; write one with --json") from cause
     return items
 
 
@@ -203,7 +206,7 @@ def _read_samples(path: Path) -> list[Any]:
     from vqserve.evaluate.kl import Sample
 
     if not path.is_file():
-        raise UsageError(f"--text {path}: no such file")
+        raise UsageError(f"--text {path}: no such file; name one of JSON lines, or leave it out")
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as cause:
@@ -222,5 +225,5 @@ def _read_samples(path: Path) -> list[Any]:
             raise UsageError(f"--text {path}:{number}: expected {expected}")
         samples.append(Sample("text", *texts))
     if not samples:
-        raise UsageError(f"--text {path}: empty")
+        raise UsageError(f"--text {path}: empty; name one of JSON lines, or leave it out")
     return samples

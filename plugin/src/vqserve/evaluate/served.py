@@ -7,6 +7,7 @@ import os
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import httpx2
 import openai
@@ -84,6 +85,12 @@ class Server:
             raise UsageError(f"{self.url}: answered {cause.status_code}: {cause.message}") from cause
 
     def _client(self) -> openai.AsyncOpenAI:
+        try:
+            wrong = not 1 <= (urlsplit(self.url).port or 80) <= 65535
+        except ValueError:
+            wrong = True
+        if wrong:
+            raise UsageError(f"{self.url}: expected a URL such as http://127.0.0.1:8001")
         base = self.url.rstrip("/").removesuffix("/v1") + "/v1"
         key = os.environ.get("VLLM_API_KEY") or "none"
         return openai.AsyncOpenAI(base_url=base, api_key=key, timeout=TIMEOUT, max_retries=RETRIES)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vqserve.format.companions import check_companions
 from vqserve.format.config import QuantConfig
 from vqserve.format.errors import CheckpointError, ConfigError, TensorError
 from vqserve.format.geometry import Geometry
@@ -162,12 +163,29 @@ def readable(path: Path) -> Iterator[None]:
         raise CheckpointError(str(path), "expected plain JSON, found it nested too deeply", _REENCODE) from cause
 
 
+@contextmanager
+def called(path: Path) -> Iterator[None]:
+    """Has what is refused of a configuration that lies alone, whatever its name, say that name.
+
+    Raises:
+        ConfigError: As in the block.
+    """
+    try:
+        yield
+    except ConfigError as cause:
+        file, colon, key = cause.where.partition(": ")
+        if path.is_dir() or Path(file).name != "config.json":
+            raise
+        raise ConfigError(f"{path}{colon}{key}", cause.problem, cause.remedy) from cause
+
+
 def _check(folder: Path, digests: bool | None) -> Checkpoint:
     config = read_config(folder, links=False)
     geometry, quant, specs = described(folder, config)
     if digests is None:
         digests = sum(record.size for record in read_manifest(folder).values()) < DIGEST_LIMIT
     files = check_manifest(folder, digests)
+    check_companions(folder, files, config, geometry.vocab_size)
     tensors = read_tensors(folder, links=False)
     check_used(folder, files, tensors)
     check_tensors(tensors, specs)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from vqserve.format.atomic import replacing, write_whole
+from vqserve.format.atomic import replacing, unfinished_name, write_whole
 from vqserve.format.errors import CheckpointError, ManifestError
 from vqserve.format.strict_json import read_object
 
@@ -23,6 +23,8 @@ Report = Callable[[CheckpointError], object]
 
 # Also what keeps a path inside the folder: no separator, no leading dot, no longer than a file system takes.
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,200}")
+_AROUND = (".git", ".gitattributes", ".cache", "lost+found")
+"""What hubs, git and file systems put beside a checkpoint's files; nothing reads it."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _RESTORE = "restore the checkpoint from where it came from"
 
@@ -155,7 +157,7 @@ def check_manifest(folder: Path, digests: bool) -> dict[str, FileRecord]:
 
 
 def check_sizes(folder: Path, records: Mapping[str, FileRecord], report: Report = refuse) -> list[str]:
-    """Checks that the folder holds exactly the files of `records`, each in its size.
+    """Checks that the folder holds exactly the files of `records`, each in its size, and no subfolder.
 
     Returns:
         The names of those that are there in their size.
@@ -163,9 +165,12 @@ def check_sizes(folder: Path, records: Mapping[str, FileRecord], report: Report 
     Raises:
         ManifestError: With `refuse`: a file is missing, surplus, or of another size.
     """
-    for name in _visible_files(folder):
-        if name not in records:
+    unfinished = {unfinished_name(folder / name).name for name in (*records, MANIFEST)}
+    for name in sorted(path.name for path in folder.iterdir()):
+        if name not in records and name not in (MANIFEST, *_AROUND):
             surplus = f"surplus: {MANIFEST} does not name it"
+            if name in unfinished:
+                surplus = "left by a write that was interrupted"
             report(ManifestError(str(folder / name), surplus, "remove it from the folder"))
     right = []
     for name, record in records.items():

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import os
 import signal
 import time
 from argparse import Namespace
@@ -43,9 +42,9 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.logger import init_logger
 from vllm.tasks import SupportedTask
 
-from vqserve.format.errors import CheckpointError
+from vqserve.format.errors import CheckpointError, UsageError
 from vqserve.format.known_answers import KnownAnswer, read_known_answers
-from vqserve.settings import WARM_UP_SECONDS
+from vqserve.settings import warm_up_seconds
 from vqserve.vllm_plugin.guard import Guard, is_probe, keys_of
 from vqserve.vllm_plugin.warm_up import Ask, Reply, WarmUpError, warm_up
 
@@ -121,7 +120,10 @@ class Readiness:
             self._state = ("ready", came)
 
     async def _ask_in_time(self, answers: Sequence[KnownAnswer]) -> None:
-        seconds = _seconds()
+        try:
+            seconds = warm_up_seconds()
+        except UsageError as error:
+            raise WarmUpError(str(error)) from error
         try:
             async with asyncio.timeout(seconds):
                 await warm_up(self._ask, answers, self._report)
@@ -219,14 +221,6 @@ def _asking(state: State) -> Ask:
 def _of(app: FastAPI) -> Readiness:
     readiness: Readiness = app.state.vqserve_readiness
     return readiness
-
-
-def _seconds() -> float:
-    text = os.environ.get(WARM_UP_SECONDS, "600")
-    try:
-        return float(text)
-    except ValueError:
-        raise WarmUpError(f"{WARM_UP_SECONDS}={text}: expected a number of seconds; set it, or unset it") from None
 
 
 def _refusal(reason: str) -> JSONResponse:
