@@ -116,3 +116,10 @@ def test_what_transformers_implies_is_written_out_for_vllm() -> None:
     assert Geometry.from_dict(whole) == Geometry.from_dict(CONFIG)
     with pytest.raises(ConfigError, match="scoring_func: expected"):
         Geometry.from_dict(completed({**bare, "scoring_func": "softmax"}))
+
+
+@pytest.mark.parametrize("name", ["indexed_attention", "deepseek_sparse_attention"])
+def test_both_names_of_indexed_attention_are_known(name: str) -> None:
+    check_variant({**CONFIG, "layer_types": [name] * CONFIG["num_hidden_layers"]})
+    with pytest.raises(ConfigError, match="layer_types"):
+        check_variant({**CONFIG, "layer_types": [name] * (CONFIG["num_hidden_layers"] - 1)})

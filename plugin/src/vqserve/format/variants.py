@@ -59,6 +59,10 @@ def _only(value: object, required: bool = False) -> Rule:
     return Rule(json.dumps(value), lambda found, _: type(found) is type(value) and found == value, required)
 
 
+INDEXED_ATTENTION = ("indexed_attention", "deepseek_sparse_attention")
+"""Attention to the tokens that an indexer picks; the second is transformers' older name of it."""
+
+
 def _same_as(key: str) -> Rule:
     return Rule(f"the same as {key}", lambda found, config: type(found) is int and found == config.get(key))
 
@@ -81,7 +85,7 @@ RULES: Mapping[str, Rule] = {
     "architectures": _only([ARCHITECTURE]),
     "layer_types": Rule(
         "'indexed_attention' for every layer",
-        lambda found, config: found == ["indexed_attention"] * config.get("num_hidden_layers", 0),
+        lambda found, config: any(found == [n] * config.get("num_hidden_layers", 0) for n in INDEXED_ATTENTION),
     ),
     "qk_head_dim": Rule(
         "the sum of qk_nope_head_dim and qk_rope_head_dim",
