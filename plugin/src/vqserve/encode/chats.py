@@ -36,10 +36,8 @@ def parse_line(line: str, where: str) -> dict[str, Any]:
     if not _fits(record):
         raise UsageError(f"{where}: {_SCHEMA}")
     if reserved := sorted(_RESERVED & set(record.get("chat_template_kwargs", {}))):
-        problem = f"chat_template_kwargs may not set {', '.join(reserved)}"
-        remedy = (
-            'remove it; variables of the chat template\'s own are allowed, such as enable_thinking, and "tools" beside'
-        )
+        problem = f"chat_template_kwargs may not set {', '.join(map(repr, reserved))}"
+        remedy = "leave that to the encoder; variables of the chat template's own may be set, such as enable_thinking"
         raise _refusal(where, problem, remedy)
     return record
 
@@ -90,18 +88,18 @@ class _Chat:
         choices: list[dict[str, Any]] = [{}]
         if not reasoning.strip() and not _SWITCHES & set(self._options):
             choices.append({"enable_thinking": False})
-        prompt, missing = "", None
-        for choice in choices:
-            prompt = self._apply(before, add_generation_prompt=True, **choice)
-            if whole.startswith(prompt):
-                missing = _missing(whole[len(prompt) :], parts)
-                if missing is None:
-                    return prompt, whole
+        asked = [self._apply(before, add_generation_prompt=True, **choice) for choice in choices]
+        prompt, missing = next(filter(whole.startswith, asked), asked[-1]), None
+        if whole.startswith(prompt):
+            missing = _missing(whole[len(prompt) :], parts)
+            if missing is None:
+                return prompt, whole
         if reasoning.strip() and prompt.endswith(_OPEN) and whole.startswith(prompt.removesuffix(_OPEN)):
             rest = _without_thinking(whole[len(prompt) - len(_OPEN) :])
-            missing = _missing(rest, parts[1:])
-            if missing is None:  # the template drops the thinking of an answer that is finished, and only that
-                return prompt, f"{prompt}{reasoning}{_CLOSE}{rest}"
+            if rest is not None:  # the template drops the thinking of an answer that is finished
+                missing = _missing(rest, parts[1:])
+                if missing is None:
+                    return prompt, f"{prompt}{reasoning}{_CLOSE}{rest}"
         if missing:
             raise self._leaves_out(missing)
         problem = f"the chat template asks for an answer with {prompt[-20:]!r}, and renders this one otherwise"
@@ -191,10 +189,12 @@ def _thoughts(message: Mapping[str, Any]) -> tuple[str, str]:
     return inner.removeprefix(_OPEN) if inner.startswith(_OPEN) else before, after
 
 
-def _without_thinking(answer: str) -> str:
-    """An answer without an empty thinking in front."""
+def _without_thinking(answer: str) -> str | None:
+    """What follows an answer's empty thinking, if it is empty or not there."""
     before, mark, after = answer.partition(_CLOSE)
-    return after if mark and before.strip() in {"", _OPEN} else answer
+    if not mark:
+        return answer
+    return after if before.strip() in {"", _OPEN} else None
 
 
 def _missing(text: str, parts: Sequence[tuple[str, str]]) -> str | None:
