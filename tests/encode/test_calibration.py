@@ -82,6 +82,7 @@ def test_chats_go_through_the_chat_template_and_only_the_answer_counts(
         {"content": "2", "reasoning_content": "one more than 1"},
         {"content": "2", "reasoning": "one more than 1"},
         {"content": "<think>one more than 1</think>2"},
+        {"content": "\n<think>one more than 1</think>2"},
         {"content": [{"type": "text", "text": "one more than 1</think>2"}]},
     ],
 )
@@ -206,6 +207,26 @@ def test_thinking_that_the_row_rules_out_is_refused_though_the_content_repeats_i
     record = {"messages": messages, "chat_template_kwargs": {"enable_thinking": False}}
     with pytest.raises(UsageError, match="line 1: the chat template leaves out or alters the"):
         read(write(tmp_path, record), demo_tokenizer)
+
+
+@pytest.mark.parametrize(
+    "first_only",
+    [
+        GLM.replace("in m.tool_calls or []", "in (m.tool_calls or [])[:1]"),
+        GLM.replace("in c.function.arguments.items()", "in (c.function.arguments if loop.first else {}).items()"),
+    ],
+)
+def test_every_tool_call_has_to_be_rendered(
+    first_only: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    record = calling({"a": 1})
+    record["messages"][1]["tool_calls"] *= 2
+    tokenizer.chat_template = GLM
+    call = "<tool_call>add<arg_key>a</arg_key><arg_value>1</arg_value></tool_call>"
+    assert counted(read(write(tmp_path, record), tokenizer), tokenizer) == 2 * call
+    tokenizer.chat_template = first_only
+    with pytest.raises(UsageError, match="leaves out or alters the tool calls of the answer"):
+        read(write(tmp_path, record), tokenizer)
 
 
 @pytest.mark.parametrize("answer", [{}, {"reasoning": "hmm"}, {"content": "<think>hmm</think>so"}])

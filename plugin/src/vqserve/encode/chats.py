@@ -121,9 +121,11 @@ class _Chat:
         """Arguments are rendered in many ways, but a text that is the same without them lacks them."""
         *before, last = self._messages
         calls = last.get("tool_calls") or []
-        bare = [{**call, "function": {**call["function"], "arguments": {}}} for call in calls]
-        if bare != calls and self._apply([*before, {**last, "tool_calls": bare}]) == whole:
-            raise self._leaves_out("tool calls")
+        for at, call in enumerate(calls):
+            bare = {**call, "function": {**call["function"], "arguments": {}}}
+            others = [*calls[:at], bare, *calls[at + 1 :]]
+            if bare != call and self._apply([*before, {**last, "tool_calls": others}]) == whole:
+                raise self._leaves_out("tool calls")
 
     def _leaves_out(self, part: str) -> UsageError:
         return _refusal(self._where, f"the chat template leaves out or alters the {part} of the answer", _RENDERED)
@@ -132,9 +134,8 @@ class _Chat:
         try:
             return _rendered(self._tokenizer, messages, **{**self._options, **options})
         except _TemplateRefusal as error:
-            raise _refusal(
-                self._where, f"the chat template refuses these messages ({error})", "correct them"
-            ) from error
+            problem = f"the chat template refuses these messages ({error})"
+            raise _refusal(self._where, problem, "correct them") from error
 
 
 class _TemplateRefusal(Exception):
