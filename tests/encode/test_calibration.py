@@ -82,6 +82,7 @@ def test_chats_go_through_the_chat_template_and_only_the_answer_counts(
         {"content": "2", "reasoning_content": "one more than 1"},
         {"content": "2", "reasoning": "one more than 1"},
         {"content": "<think>one more than 1</think>2"},
+        {"content": "\n<think>one more than 1</think>2"},
         {"content": [{"type": "text", "text": "one more than 1</think>2"}]},
     ],
 )
@@ -112,20 +113,216 @@ def test_tool_calls_are_rendered_as_the_server_renders_them(tmp_path: Path, toke
     tokenizer.chat_template = (
         "{% if tools %}{{ tools[0].function.name }};{% endif %}"
         "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
-        "{% for c in m.tool_calls or [] %}{% for k, v in c.function.arguments.items() %}{{ k }}={{ v }},{% endfor %}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }}:"
+        "{% for k, v in c.function.arguments.items() %}{{ k }}={{ v }},{% endfor %}"
         "{% endfor %}{% endfor %}" + PROMPT
     )
     call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": 2}'}}
     asks = {"role": "assistant", "content": None, "tool_calls": [call]}
     messages = [CHAT[0], asks, {"role": "tool", "content": "3"}, {"role": "assistant", "content": "3."}]
     tokens = read(write(tmp_path, {"messages": messages, "tools": TOOLS}), tokenizer)
-    assert tokenizer.decode(tokens.ids) == "add;<|user|>1+1?<|assistant|>a=1,b=2,<|tool|>3<|assistant|>3."
+    assert tokenizer.decode(tokens.ids) == "add;<|user|>1+1?<|assistant|>add:a=1,b=2,<|tool|>3<|assistant|>3."
     assert counted(tokens, tokenizer) == "3."
     tokens = read(write(tmp_path, {"messages": messages[:2], "tools": TOOLS}), tokenizer)
-    assert counted(tokens, tokenizer) == "a=1,b=2,"
-    call["function"]["arguments"] = "{not json"  # type: ignore[index]
-    with pytest.raises(UsageError, match="line 1: arguments of a tool call are not JSON"):
-        read(write(tmp_path, {"messages": messages}), tokenizer)
+    assert counted(tokens, tokenizer) == "add:a=1,b=2,"
+
+
+GLM = (
+    "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>{% if m.role != 'assistant' %}{{ m.content }}{% else %}"
+    "{% set thinking, content = m.reasoning_content or '', m.content %}"
+    "{% if not thinking and '</think>' in content %}"
+    "{% set thinking = content.split('</think>')[0].split('<think>')[-1] %}"
+    "{% set content = content.split('</think>')[-1] %}{% endif %}"
+    "{{ '<think>' + thinking.strip() if thinking }}</think>{{ content.strip() }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }}"
+    "{% for k, v in c.function.arguments.items() %}<arg_key>{{ k }}</arg_key><arg_value>{{ v }}</arg_value>{% endfor %}"
+    "</tool_call>{% endfor %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>"
+    "{{ '<think>' if enable_thinking is not defined or enable_thinking else '</think>' }}{% endif %}"
+)
+"""As GLM's own: thinking and content lose the whitespace around them, calls follow."""
+
+
+def calling(arguments: Any, **answer: Any) -> dict[str, Any]:
+    """A chat that ends with a call."""
+    call = {"type": "function", "function": {"name": "add", "arguments": arguments}}
+    return {"messages": [CHAT[0], {"role": "assistant", "content": None, "tool_calls": [call], **answer}]}
+
+
+@pytest.mark.parametrize(
+    ("answer", "counts"),
+    [
+        ({"reasoning": "\nhmm\n"}, "hmm</think>"),
+        ({"reasoning_content": "hmm", "content": " so\n"}, "hmm</think>so"),
+        ({"content": "<think>\nhmm\n</think>\nso"}, "hmm</think>so"),
+        ({}, ""),
+    ],
+)
+def test_thinking_content_and_tool_calls_of_an_answer_count_together(
+    answer: dict[str, Any], counts: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    tokenizer.chat_template = GLM
+    tokens = read(write(tmp_path, calling('{"a": 1}', **answer)), tokenizer)
+    call = "<tool_call>add<arg_key>a</arg_key><arg_value>1</arg_value></tool_call>"
+    assert counted(tokens, tokenizer) == counts + call
+
+
+@pytest.mark.parametrize("instead", ["''", "'<think>'"])
+def test_tool_calls_count_though_the_template_drops_the_thinking(
+    instead: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    tokenizer.chat_template = GLM.replace("'<think>' + thinking.strip() if thinking", instead)
+    tokens = read(write(tmp_path, calling({}, reasoning="hmm", content="so")), tokenizer)
+    assert counted(tokens, tokenizer) == "hmm</think>so<tool_call>add</tool_call>"
+
+
+@pytest.mark.parametrize(
+    ("drops", "instead", "answer", "part"),
+    [
+        ("{{ c.function.name }}", "", {}, "tool calls"),
+        ("{{ c.function.name }}", "", {"reasoning": "hmm"}, "tool calls"),
+        ("<arg_key>{{ k }}</arg_key><arg_value>{{ v }}</arg_value>", "", {"reasoning": "hmm"}, "tool calls"),
+        ("{{ content.strip() }}", "", {"content": "so"}, "content"),
+        ("{{ content.strip() }}", "", {"content": "so", "reasoning": "so"}, "content"),
+        ("thinking.strip()", "thinking[:2]", {"reasoning": "hmm"}, "thinking"),
+    ],
+)
+def test_what_the_template_leaves_out_of_an_answer_is_refused(
+    drops: str,
+    instead: str,
+    answer: dict[str, Any],
+    part: str,
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    tokenizer.chat_template = GLM.replace(drops, instead)
+    with pytest.raises(UsageError, match=f"line 1: the chat template leaves out or alters the {part} of the answer"):
+        read(write(tmp_path, calling({"a": 1}, **answer)), tokenizer)
+
+
+def test_thinking_that_the_row_rules_out_is_refused_though_the_content_repeats_it(
+    tmp_path: Path, demo_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    messages = [CHAT[0], {"role": "assistant", "reasoning": "2", "content": "2"}]
+    record = {"messages": messages, "chat_template_kwargs": {"enable_thinking": False}}
+    with pytest.raises(UsageError, match="line 1: the chat template leaves out or alters the"):
+        read(write(tmp_path, record), demo_tokenizer)
+
+
+@pytest.mark.parametrize(
+    "first_only",
+    [
+        GLM.replace("in m.tool_calls or []", "in (m.tool_calls or [])[:1]"),
+        GLM.replace("in c.function.arguments.items()", "in (c.function.arguments if loop.first else {}).items()"),
+    ],
+)
+def test_every_tool_call_has_to_be_rendered(
+    first_only: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    record = calling({"a": 1})
+    record["messages"][1]["tool_calls"] *= 2
+    tokenizer.chat_template = GLM
+    call = "<tool_call>add<arg_key>a</arg_key><arg_value>1</arg_value></tool_call>"
+    assert counted(read(write(tmp_path, record), tokenizer), tokenizer) == 2 * call
+    tokenizer.chat_template = first_only
+    with pytest.raises(UsageError, match="leaves out or alters the tool calls of the answer"):
+        read(write(tmp_path, record), tokenizer)
+
+
+@pytest.mark.parametrize("answer", [{}, {"reasoning": "hmm"}, {"content": "<think>hmm</think>so"}])
+def test_tool_calls_that_the_demo_cannot_make_are_refused(
+    answer: dict[str, Any], tmp_path: Path, demo_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    with pytest.raises(UsageError, match="leaves out or alters the tool calls of the answer"):
+        read(write(tmp_path, calling("{}", **answer)), demo_tokenizer)
+
+
+@pytest.mark.parametrize("nothing", [None, "", "null", {}])
+def test_tool_calls_without_arguments_have_an_empty_object_of_them(
+    nothing: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    tokenizer.chat_template = GLM
+    tokens = read(write(tmp_path, calling(nothing)), tokenizer)
+    assert counted(tokens, tokenizer) == "<tool_call>add</tool_call>"
+
+
+@pytest.mark.parametrize(
+    "arguments", ["{not json", "[" * 100_000, '{"a": 1, "a": 2}', '{"a": NaN}', "[1]", [1], 7, '{"a": "\ud800"}']
+)
+def test_arguments_that_are_no_object_are_refused(
+    arguments: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    tokenizer.chat_template = GLM
+    path = tmp_path / "calibration.jsonl"
+    path.write_text(json.dumps(calling(arguments)))
+    with pytest.raises(UsageError, match=r"line 1, arguments of a tool call: expected .*; correct them") as caught:
+        read(path, tokenizer)
+    assert "\n" not in str(caught.value)
+
+
+def test_thinking_that_was_cut_off_counts_as_it_was_written(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, demo_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    tokenizer.chat_template = GLM
+    record: dict[str, Any] = {"messages": [CHAT[0], {"role": "assistant", "content": "<think>\nhmm"}]}
+    for each in (tokenizer, demo_tokenizer):
+        tokens = read(write(tmp_path, record), each)
+        assert each.decode(tokens.ids) == "[gMASK]<sop><|user|>1+1?<|assistant|><think>\nhmm"
+        assert counted(tokens, each) == "\nhmm"
+        for change in ({"chat_template_kwargs": {"enable_thinking": False}}, calling({}, content="<think>hmm")):
+            with pytest.raises(UsageError, match="line 1: <think> of the answer has no </think>"):
+                read(write(tmp_path, {**record, **change}), each)
+
+
+def test_thinking_in_two_fields_is_refused_if_they_differ(
+    tmp_path: Path, demo_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    answer = {"role": "assistant", "content": "2", "reasoning": "hmm", "reasoning_content": "hmm"}
+    tokens = read(write(tmp_path, {"messages": [CHAT[0], answer]}), demo_tokenizer)
+    assert counted(tokens, demo_tokenizer) == "hmm</think>2"
+    with pytest.raises(UsageError, match='line 1: "reasoning" and "reasoning_content" of a message differ'):
+        read(write(tmp_path, {"messages": [CHAT[0], {**answer, "reasoning": "well"}]}), demo_tokenizer)
+    tokens = read(write(tmp_path, {"messages": [CHAT[0], {**answer, "reasoning_content": None}]}), demo_tokenizer)
+    assert counted(tokens, demo_tokenizer) == "hmm</think>2"
+    without = {"role": "assistant", "content": "2", "reasoning_content": None}
+    assert counted(read(write(tmp_path, {"messages": [CHAT[0], without]}), demo_tokenizer), demo_tokenizer) == "2"
+
+
+def test_a_chat_without_an_answer_is_read_and_counts_for_none(
+    tmp_path: Path, demo_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    path = write(tmp_path, {"messages": CHAT[:1]}, {"messages": CHAT})
+    tokens, report = read_calibration(path, demo_tokenizer, longest=2048, seed=0)
+    assert "<|user|>1+1?<|assistant|><think>" in demo_tokenizer.decode(tokens.ids)
+    assert (report.rows, report.short, report.silent) == (2, 0, 1)
+    assert report.predictions == len(demo_tokenizer.encode(CHAT[1]["content"], add_special_tokens=False))
+    with pytest.raises(UsageError, match=r"no token of an answer .*; end chats with an answer"):
+        read(write(tmp_path, {"messages": CHAT[:1]}), demo_tokenizer)
+
+
+@pytest.mark.parametrize(
+    "name", ["add_generation_prompt", "chat_template", "conversation", "messages", "padding", "return_dict", "tokenize"]
+)
+def test_chat_template_kwargs_may_not_set_what_the_encoder_sets(
+    name: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    path = write(
+        tmp_path, {"text": "fine"}, {"messages": CHAT, "chat_template_kwargs": {name: True, "thinking": False}}
+    )
+    with pytest.raises(UsageError, match=rf"line 2: chat_template_kwargs may not set '{name}'; .*enable_thinking$"):
+        read(path, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"text": "a b", "text": "c d"}',
+        '{"messages": [{"role": "user", "role": "assistant", "content": "a"}]}',
+    ],
+)
+def test_a_key_twice_is_refused(line: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(UsageError, match=r"line 2: .*key '(text|role)' occurs 2 times; give one JSON object per line"):
+        read(write(tmp_path, {"text": "fine"}, line), tokenizer)
 
 
 def test_what_became_of_the_lines_is_counted(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -195,6 +392,9 @@ def test_order_depends_on_the_seed_alone(tmp_path: Path, tokenizer: PreTrainedTo
         {"messages": [{"role": "user", "content": 3}]},
         {"messages": [{"role": "assistant", "content": "a", "reasoning": ["b"]}]},
         {"messages": [{"role": "assistant", "content": "a", "tool_calls": ["b"]}]},
+        {"messages": [{"role": "assistant", "content": "a", "tool_calls": [{"function": {"arguments": {}}}]}]},
+        "[" * 100_000,
+        '{"text": NaN}',
     ],
 )
 def test_a_bad_line_is_refused_with_file_and_line(
@@ -223,10 +423,25 @@ def test_half_a_surrogate_pair_is_refused_with_file_and_line(
         read(path, tokenizer)
 
 
-def test_messages_that_the_chat_template_refuses_are_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    tokenizer.chat_template = "{{ raise_exception('no such role') }}"
-    with pytest.raises(UsageError, match=r"line 1: the chat template refuses .*no such role"):
+@pytest.mark.parametrize(
+    ("template", "error"),
+    [
+        ("{{ raise_exception('no such role') }}", "TemplateError: no such role"),
+        ("{{ raise_exception('no such\\nrole') }}", r"TemplateError: no such\\nrole"),
+        ("{{ 1 // 0 }}", "ZeroDivisionError: "),
+        ("{{ messages[9:][0].role.x }}", "UndefinedError: "),
+        ("{{ 1 + 'a' }}", "TypeError: "),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError: "),
+        ("{% for", "TemplateSyntaxError: "),
+    ],
+)
+def test_messages_that_the_chat_template_fails_on_are_named(
+    template: str, error: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    tokenizer.chat_template = template
+    with pytest.raises(UsageError, match=rf"line 1: the chat template refuses these messages \({error}") as caught:
         read(write(tmp_path, {"messages": CHAT}), tokenizer)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", '{"text": ""}\n'])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from encode.mortal import encode_until
 from random_checkpoint import read_tensors
 from random_parent import make_random_parent, write_weights
 from vqserve import cli
-from vqserve.encode import batch, steps, vq
+from vqserve.encode import batch, pipeline, steps, vq
 from vqserve.encode.parent import Parent
 from vqserve.encode.pipeline import encode
 from vqserve.encode.work import open_work, save_tensors
@@ -282,6 +283,25 @@ def test_damaged_work_is_named_and_done_again(
     said = capsys.readouterr().err.splitlines()
     assert said == [f"vqserve: {tmp_path / 'work' / name}: damaged; its step runs again" for name in damaged]
     assert digests(destination) == digests(encoded)
+
+
+def test_too_few_predictions_are_warned_of_in_any_case(
+    parent: Path,
+    calibration: Path,
+    encoded: Path,
+    work: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(pipeline, "FEW_PREDICTIONS", 10**6)
+    assert cli.main(arguments(parent, tmp_path / "few", calibration, "--work", str(work))) == 0
+    warning = rf"vqserve: warning: {re.escape(str(calibration))}: only ([0-9,]+) predictions count; give text with "
+    found = re.fullmatch(warning + "1,000,000 or more, or expect a poorer encoding\n", capsys.readouterr().err)
+    assert found
+    monkeypatch.setattr(pipeline, "FEW_PREDICTIONS", int(found[1].replace(",", "")))
+    assert cli.main(arguments(parent, tmp_path / "enough", calibration, "--work", str(work))) == 0
+    assert not capsys.readouterr().err
 
 
 def test_a_second_encode_into_the_same_folder_is_refused_while_the_first_runs(

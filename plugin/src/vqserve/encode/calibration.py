@@ -65,7 +65,7 @@ def read_calibration(
         seed: Of the order of sequences: the leading ones serve for held-out errors and sensitivity.
 
     Raises:
-        UsageError: The file cannot be read, is empty, or a line is not what is expected.
+        UsageError: The file cannot be read, is empty, a line is not what is expected, or no prediction counts.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -95,7 +95,7 @@ def read_calibration(
     if not any(predicts):
         raise UsageError(
             f"calibration file {path}: no token of an answer within {longest} tokens of a line's begin; "
-            "give completions, or shorter prompts"
+            "end chats with an answer, give completions, or shorter prompts"
         )
     tokens = Tokens(torch.tensor(ids), torch.tensor(predicts), tuple(len(sequence) for sequence in sequences))
     silent = sum(not any(counts for _, counts in sequence) for sequence in sequences)
