@@ -20,10 +20,10 @@ from vqserve.format.errors import UsageError
 ENGINE_SECONDS = 1800
 GROUPS = {
     "all-reduce": r"all_?reduce|ncclDevKernel",
+    "router": r"topk|grouped_topk|sigmoid",
     "experts": r"^(gate_up|down|finish|group|to_half|combine)$|moe|count_and_sort",
     "4-bit linears": r"marlin|machete|gptq|device_kernel.*[Mm]ixed",
     "attention": r"mla|attention|_fwd_kernel|_fwd_grouped|flash|concat_and_cache",
-    "router": r"topk|grouped_topk|sigmoid",
     "bf16 products": r"gemm|gemv|bmm|nvjet|cutlass|cublas|splitK",
     "norms, SiLU, rotation": r"norm|silu|act_and_mul|rotary|rope",
 }
