@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from encode.mortal import encode_until
 from random_checkpoint import read_tensors
 from random_parent import make_random_parent, write_weights
 from vqserve import cli
-from vqserve.encode import batch, steps, vq
+from vqserve.encode import batch, code, steps, vq
 from vqserve.encode.parent import Parent
 from vqserve.encode.pipeline import encode
 from vqserve.encode.work import open_work, save_tensors
@@ -381,7 +382,22 @@ def test_extreme_experts_are_encoded_finitely_and_the_card_says_so(
     assert "nan" not in (tmp_path / "one" / "README.md").read_text()
 
 
-def test_work_of_other_code_or_libraries_is_not_taken_over(
+def refused_as_work_of_another_encode(
+    parent: Path, calibration: Path, work: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> str:
+    """What differs."""
+    line = refused(capsys, *arguments(parent, out, calibration, "--work", str(work)))
+    found = re.search(r"holds work of another encode \((.*) differ\)", line)
+    assert found is not None, line
+    return found[1]
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["encode/vq.py", "format/tiers.py", "model/forward.py", "model/new/routing.py", "reference/pack.py", "new.py"],
+)
+def test_work_of_other_code_is_not_taken_over(
+    file: str,
     parent: Path,
     calibration: Path,
     work: Path,
@@ -393,13 +409,40 @@ def test_work_of_other_code_or_libraries_is_not_taken_over(
     source = tmp_path / "vqserve"
     shutil.copytree(Path(vqserve.__file__).parent, source, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(vqserve, "__file__", str(source / "__init__.py"))
+    (source / "serve.py").write_text("CHANGED = True\n", encoding="utf-8")
     same = arguments(parent, tmp_path / "same", calibration, "--work", str(work))
-    assert cli.main(same) == 0, "a copy of the same code"
+    assert cli.main(same) == 0, "the same code, as far as an encode runs it"
     capsys.readouterr()
-    with (source / "reference" / "pack.py").open("a", encoding="utf-8") as file:
-        file.write("CHANGED = True\n")
-    other = arguments(parent, tmp_path / "other", calibration, "--work", str(work))
-    assert "another encode (code differ)" in refused(capsys, *other)
+    (source / file).parent.mkdir(exist_ok=True)
+    with (source / file).open("a", encoding="utf-8") as opened:
+        opened.write("CHANGED = True\n")
+    assert refused_as_work_of_another_encode(parent, calibration, work, tmp_path / "other", capsys) == "code"
+
+
+@pytest.mark.parametrize("library", ["numpy", "safetensors", "tokenizers", "torch", "transformers"])
+def test_work_of_other_libraries_is_not_taken_over(
+    library: str,
+    parent: Path,
+    calibration: Path,
+    work: Path,
+    encoded: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    installed = code.version
+    monkeypatch.setattr(code, "version", lambda name: f"{installed(name)}{'.post1' if name == library else ''}")
+    assert refused_as_work_of_another_encode(parent, calibration, work, tmp_path / "out", capsys) == "libraries"
+
+
+def test_an_encode_imports_nothing_that_is_left_out_of_what_its_work_depends_on() -> None:
+    command = (
+        "import sys, vqserve.encode.command; print(*(name for name in sys.modules if name.startswith('vqserve.')))"
+    )
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    imported = {name.split(".")[1] for name in done.stdout.split()}
+    assert {"encode", "format", "model", "reference"} <= imported
+    assert not imported & {Path(name).stem for name in code.ELSEWHERE}
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vqserve.format.config import QuantConfig
-from vqserve.format.errors import CheckpointError, ConfigError, TensorError
+from vqserve.format.errors import CheckpointError, ConfigError, ManifestError, TensorError
 from vqserve.format.geometry import Geometry
 from vqserve.format.headers import StoredTensor, read_header
 from vqserve.format.layout import TensorSpec, checkpoint_specs, float_dtype, parent_specs
@@ -91,12 +91,7 @@ def check_parent(folder: Path) -> ParentCheckpoint:
         config = completed(config)
         geometry = Geometry.from_dict(config)
         stored = read_tensors(folder) if (folder / INDEX).is_file() else read_single(folder)
-        tensors = {
-            part.name: part
-            for tensor in stored.values()
-            if not tensor.name.endswith(_LEFT_OVER)
-            for part in unfused(tensor, geometry)
-        }
+        tensors = _apart((found for found in stored.values() if not found.name.endswith(_LEFT_OVER)), geometry)
         check_tensors(tensors, parent_specs(geometry, float_dtype(config)), remedy=_DOWNLOAD)
     fused = any(tensor.name.endswith(_FUSED) for tensor in stored.values())
     return ParentCheckpoint(folder, config, geometry, tensors, fused)
@@ -108,20 +103,49 @@ def read_single(folder: Path) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: There is no such file, or it is damaged.
     """
-    return read_header(plain_file(folder, SINGLE, f"the checkpoint, which has no {INDEX},", links=True))
+    found = len(list(folder.glob("*.safetensors")))
+    if found and not (folder / SINGLE).exists():
+        problem = f"is missing: expected it beside {found} safetensors files that are not called {SINGLE}"
+        raise ManifestError(str(folder / INDEX), problem, _DOWNLOAD)
+    return read_header(plain_file(folder, SINGLE, f"a checkpoint without {INDEX}", links=True))
+
+
+def _apart(stored: Iterable[StoredTensor], geometry: Geometry) -> dict[str, StoredTensor]:
+    """Where every tensor is, by name, experts apart.
+
+    Raises:
+        TensorError: Experts are stored both fused and apart, or fused in another shape than the configuration's.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    holders: dict[str, StoredTensor] = {}
+    for tensor in stored:
+        for part in unfused(tensor, geometry):
+            other = holders.setdefault(part.name, tensor)
+            if other is not tensor:
+                problem = f"expected experts fused or apart, found both: {other.path}: {other.name} holds the same"
+                raise TensorError(f"{tensor.path}: {tensor.name}", problem, _DOWNLOAD)
+            tensors[part.name] = part
+    return tensors
 
 
 def unfused(tensor: StoredTensor, geometry: Geometry) -> Iterator[StoredTensor]:
-    """The projections of a layer's experts, if a tensor is all of them on top of each other, else the tensor itself."""
+    """The projections of a layer's experts, if a tensor is all of them on top of each other, else the tensor itself.
+
+    Raises:
+        TensorError: It is all of them by its name, but not by its shape.
+    """
     module, _, leaf = tensor.name.rpartition(".")
     inner, hidden = geometry.moe_intermediate_size, geometry.hidden_size
     whole = {
         "gate_up_proj": (geometry.n_routed_experts, 2 * inner, hidden),
         "down_proj": (geometry.n_routed_experts, hidden, inner),
     }
-    if not tensor.name.endswith(_FUSED) or tensor.shape != whole[leaf]:
+    if not tensor.name.endswith(_FUSED):
         yield tensor
         return
+    if tensor.shape != whole[leaf]:
+        problem = f"expected {_kind(tensor.dtype, whole[leaf])}, found {_kind(tensor.dtype, tensor.shape)}"
+        raise TensorError(f"{tensor.path}: {tensor.name}", problem, _DOWNLOAD)
     projections = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else ("down_proj",)
     nbytes = tensor.nbytes // geometry.n_routed_experts // len(projections)
     for expert in range(geometry.n_routed_experts):

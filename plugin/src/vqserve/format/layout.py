@@ -256,9 +256,9 @@ def float_dtype(config: Mapping[str, Any]) -> str:
     Raises:
         ConfigError: The dtype is not one of bfloat16, float16, float32.
     """
-    stated = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    stated = next(found for found in (config.get("dtype"), config.get("torch_dtype"), "bfloat16") if found is not None)
     known = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-    if stated not in known:
+    if not isinstance(stated, str) or stated not in known:
         raise ConfigError(
             "config.json: dtype", f"expected one of {', '.join(known)}, found {stated!r}", "convert the parent first"
         )
