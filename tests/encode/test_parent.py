@@ -168,7 +168,13 @@ def test_experts_that_are_stored_fused_are_read_apart(random_parent: Path, folde
     assert main(["serve", str(folder), "--bf16", "--print"]) == 2
 
 
-@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json", "tokenizer.json"),
+        *("tokenizer_config.json", "chat_template.jinja", "generation_config.json"),
+    ],
+)
 def test_a_git_lfs_pointer_is_told_from_damage(name: str, folder: Path) -> None:
     (folder / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 123\n")
     with pytest.raises(CheckpointError, match=rf"{name}: expected .*, found a Git LFS pointer to .*; .*git lfs pull"):

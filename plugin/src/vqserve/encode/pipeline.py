@@ -95,7 +95,8 @@ def encode(
         raise UsageError(f"--work {work}: lies in {dst}, or around it; choose a folder apart from the result")
     check_free(dst)
     check_work(place, key)
-    with claimed(dst), open_work(place, key) as results, _deterministic(target):
+    parent.check_left_over()
+    with claimed(dst), open_work(place, key) as results, deterministic(target):
         _tell(calibration, report, progress)
         if dropped := parent.geometry.num_nextn_predict_layers:
             left_out = f"{src}: its {dropped} multi-token-prediction layers will not be in the result"
@@ -178,7 +179,7 @@ def _run(todo: list[Step], workers: int | None, device: torch.device, bar: tqdm[
 
 
 @contextmanager
-def _deterministic(device: torch.device) -> Iterator[None]:
+def deterministic(device: torch.device) -> Iterator[None]:
     """Has a GPU add in the same order every time; several of torch's kernels would not."""
     before = torch.are_deterministic_algorithms_enabled()
     if device.type == "cuda":

@@ -18,12 +18,22 @@ from vqserve.format.headers import StoredTensor, read_header
 from vqserve.format.layout import TensorSpec, checkpoint_specs, float_dtype, parent_specs
 from vqserve.format.manifest import FileRecord, Report, check_manifest, plain_file, read_manifest, refuse
 from vqserve.format.names import expert_tensor
-from vqserve.format.strict_json import read_object
+from vqserve.format.strict_json import LFS_REMEDY, POINTER_FOUND, is_pointer, read_object
 from vqserve.format.values import check_codebooks, check_scales, check_zero_points
 from vqserve.format.variants import completed
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "known_answers.json",
+    "LICENSE",
+)
+"""Files beside the weights that a checkpoint may have; an encode copies its parent's."""
 DIGEST_LIMIT = 1 << 30
 """Checkpoints below this many bytes are read whole by `vqserve serve`, for their sha256: it takes about a second."""
 
@@ -88,6 +98,9 @@ def check_parent(folder: Path) -> ParentCheckpoint:
         if config.get("quantization_config") is not None:
             where = f"{folder / 'config.json'}: quantization_config"
             raise ConfigError(where, "the checkpoint is quantized already", "give the unquantized parent")
+        for name in COMPANIONS:
+            if (folder / name).is_file() and is_pointer(folder / name):
+                raise CheckpointError(str(folder / name), POINTER_FOUND, LFS_REMEDY)
         config = completed(config)
         geometry = Geometry.from_dict(config)
         stored = read_tensors(folder) if (folder / INDEX).is_file() else read_single(folder)
@@ -160,7 +173,7 @@ def check_checkpoint(folder: Path, digests: bool | None = None) -> Checkpoint:
 
     Args:
         folder: The checkpoint.
-        digests: Whether to read every file whole, to check its sha256 and the experts' scales; None means if all files
+        digests: Whether to read every file whole, to check its sha256 and all scales; None means if all files
             together are below 1 GiB.
 
     Raises:

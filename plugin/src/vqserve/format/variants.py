@@ -133,7 +133,7 @@ def check_variant(config: Mapping[str, Any]) -> None:
         ConfigError: A key is missing, or has a value that one of them would not honour.
     """
     for key, rule in RULES.items():
-        found = config.get(key, _DEFAULTS.get(key))
+        found = _DEFAULTS.get(key) if config.get(key) is None else config[key]
         if found is None:
             if rule.required:
                 problem = "key is missing: without it the server would compute another model than the encoder"
