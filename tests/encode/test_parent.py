@@ -23,6 +23,7 @@ from vqserve.format.errors import CheckpointError, TensorError
 from vqserve.format.files import INDEX, SINGLE, check_checkpoint
 from vqserve.format.names import layer_of
 from vqserve.format.variants import IMPLIED
+from vqserve.model.weights import open_tokenizer
 
 
 @pytest.fixture
@@ -179,6 +180,24 @@ def test_a_git_lfs_pointer_is_told_from_damage(name: str, folder: Path) -> None:
     (folder / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 123\n")
     with pytest.raises(CheckpointError, match=rf"{name}: expected .*, found a Git LFS pointer to .*; .*git lfs pull"):
         Parent(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("tokenizer.json", "[]", "the tokenizer cannot be read"),
+        ("tokenizer.json", "{", "the tokenizer cannot be read"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json: expected a JSON object, found list"),
+        ("tokenizer_config.json", '{"tokenizer_class": 3}', "the tokenizer cannot be read"),
+        ("tokenizer_config.json", '{"eos_token": [1]}', "the tokenizer cannot be read"),
+        ("special_tokens_map.json", "[]", "special_tokens_map.json: expected a JSON object, found list"),
+    ],
+)
+def test_a_broken_file_of_the_tokenizer_is_refused(name: str, content: str, problem: str, folder: Path) -> None:
+    (folder / name).write_text(content)
+    with pytest.raises(CheckpointError, match=problem) as refused:
+        open_tokenizer(folder)
+    assert str(refused.value).isprintable()
 
 
 def test_a_model_in_a_hubs_cache_is_read_through_its_links(random_checkpoint: Path, tmp_path: Path) -> None:

@@ -325,7 +325,6 @@ def test_a_work_folder_that_cannot_be_made_is_refused_and_nothing_is_left(
     (tmp_path / "out").mkdir()
     for place, problem in (
         (tmp_path / "file" / "x", "cannot be made (Not a directory)"),
-        (Path("/proc/x/y"), "cannot be made (No such file or directory)"),
         (tmp_path / "link", "is a link to nothing"),
     ):
         for out in (tmp_path / "out", tmp_path / "new" / "out"):
@@ -336,6 +335,21 @@ def test_a_work_folder_that_cannot_be_made_is_refused_and_nothing_is_left(
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "out"]
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_an_encode_that_fails_at_its_first_step_leaves_no_folder_for_its_result(
+    parent: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "_run_steps", stop)
+    for out in (tmp_path / "new" / "out", tmp_path / "old"):
+        (tmp_path / "old").mkdir(exist_ok=True)
+        with pytest.raises(KeyboardInterrupt):
+            encode(parent, out, bits=2.0, calibration=calibration, progress=False, work=tmp_path / "work")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old", "work"]
+    assert not list((tmp_path / "old").iterdir())
 
 
 @pytest.mark.parametrize("write", ["pathlib.Path.write_bytes", "pathlib.Path.write_text", "os.write"])
@@ -575,6 +589,32 @@ def test_a_full_disk_is_said_in_one_line_and_the_encode_goes_on_when_there_is_ro
     assert "Traceback" not in done.stderr
     assert cli.main(command) == 0
     assert digests(tmp_path / "out") == digests(encoded)
+
+
+def test_room_for_the_whole_is_looked_for_before_the_first_step(
+    parent: Path,
+    calibration: Path,
+    work: Path,
+    encoded: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    result, steps_done = (sum(path.stat().st_size for path in at.glob("*.safetensors")) for at in (encoded, work))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: argparse.Namespace(free=result // 2))
+    out = tmp_path / "out"
+    for more in ([], ["--work", str(tmp_path / "new")]):
+        line = refused(capsys, *arguments(parent, out, calibration, *more))
+        found = re.fullmatch(
+            rf"vqserve: error: {out}: an encode takes at least ([\d,]+) bytes more, {result // 2:,} bytes free; .*",
+            line,
+        )
+        assert found is not None, line
+        assert 2 * result < int(found[1].replace(",", "")) < result + steps_done
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: argparse.Namespace(free=result))
+    again = arguments(parent, out, calibration, "--work", str(work))
+    assert cli.main(again) == 0, "the work is there, and the result fits"
 
 
 def test_room_is_looked_for_before_a_file_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from vqserve.encode.card import Origin, model_card, parent_license
 from vqserve.encode.code import software
 from vqserve.encode.parent import Parent
 from vqserve.encode.plan import Plan, Table, byte_budget, make_plan
+from vqserve.encode.room import check_room
 from vqserve.encode.steps import Job, batch_name, load_codebooks
 from vqserve.encode.work import check_work, open_work
 from vqserve.encode.writer import check_free, claimed, write_checkpoint
@@ -95,6 +96,7 @@ def encode(
         raise UsageError(f"--work {work}: lies in {dst}, or around it; choose a folder apart from the result")
     check_free(dst)
     check_work(place, key)
+    check_room(parent, len(tokens.ids), bits, dst, place)
     parent.check_left_over()
     with claimed(dst), open_work(place, key) as results, deterministic(target):
         _tell(calibration, report, progress)
