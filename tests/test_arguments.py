@@ -6,7 +6,7 @@ from argparse import ArgumentTypeError
 
 import pytest
 
-from vqserve.arguments import positive, size
+from vqserve.arguments import positive, seed, size
 
 
 @pytest.mark.parametrize(
@@ -30,3 +30,10 @@ def test_a_count_is_at_least_one() -> None:
     for text in ("", "0", "-1", "+1", "1.0", "abc", "1_000", "²", "\u0661", "9" * 400, "9" * 5000):
         with pytest.raises(ArgumentTypeError, match="is not a whole number of at least 1"):
             positive(text)
+
+
+def test_a_seed_is_what_every_generator_takes() -> None:
+    assert [seed("0"), seed(str(2**32 - 1))] == [0, 2**32 - 1]
+    for text in ("", "-1", "+1", "1.0", "abc", "1_000", str(2**32), str(10**30), "9" * 5000):
+        with pytest.raises(ArgumentTypeError, match="is not a whole number from 0 to 4294967295"):
+            seed(text)

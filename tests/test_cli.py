@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from vqserve import __version__
 from vqserve.cli import COMMANDS, main
+from vqserve.format.errors import CheckpointError, UsageError
 
 
 def test_every_subcommand_is_listed_without_importing_any() -> None:
@@ -46,6 +48,14 @@ def test_arguments_that_cannot_be_parsed_end_with_2(argv: list[str]) -> None:
 def test_a_wrong_path_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", str(tmp_path / "nowhere")]) == 2
     assert capsys.readouterr().err.startswith(f"vqserve: error: {tmp_path}/nowhere: expected a folder, found nothing;")
+
+
+@pytest.mark.parametrize("odd", ["x\ny", "\x1b[31m", "\ud800", "\u2028"])
+def test_whatever_is_quoted_a_refusal_is_one_line(odd: str) -> None:
+    for error in (UsageError(f"role {odd}: Größe"), CheckpointError(f"{odd}: Größe", odd, "fetch it")):
+        assert str(error).isprintable()
+        assert ": Größe" in str(error)
+        assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
 def test_only_serve_passes_arguments_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from random_checkpoint import read_tensors
 from random_parent import make_random_parent, write_weights
@@ -18,9 +20,10 @@ from vqserve.encode import parent as parent_module
 from vqserve.encode.parent import Parent
 from vqserve.format.config import PROJECTIONS
 from vqserve.format.errors import CheckpointError, TensorError
-from vqserve.format.files import check_checkpoint
+from vqserve.format.files import INDEX, SINGLE, check_checkpoint
 from vqserve.format.names import layer_of
 from vqserve.format.variants import IMPLIED
+from vqserve.model.weights import open_tokenizer
 
 
 @pytest.fixture
@@ -110,23 +113,91 @@ def test_a_buffer_that_older_exports_hold_is_passed_over(random_parent: Path, fo
     assert same_tensors(folder, random_parent)
 
 
+@pytest.mark.parametrize("dangling", [False, True])
+def test_weights_without_their_index_are_refused_by_its_name(dangling: bool, folder: Path) -> None:
+    (folder / INDEX).unlink()
+    if dangling:
+        (folder / INDEX).symlink_to("nowhere")
+    with pytest.raises(
+        CheckpointError, match=rf"/{INDEX}: is missing: expected it beside 2 safetensors files .*; down"
+    ):
+        Parent(folder)
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match=rf"/{SINGLE}: named by a checkpoint without {INDEX}, but is missing"):
+        Parent(folder)
+
+
+def fuse(tensors: dict[str, Tensor], layer: int) -> None:
+    """Puts a layer's experts on top of each other."""
+    module = f"model.layers.{layer}.mlp.experts"
+    experts = [[tensors.pop(f"{module}.{e}.{proj}.weight") for proj in PROJECTIONS] for e in range(16)]
+    tensors[f"{module}.gate_up_proj"] = torch.stack([torch.cat([gate, up]) for gate, up, _ in experts])
+    tensors[f"{module}.down_proj"] = torch.stack([down for *_, down in experts])
+
+
+@pytest.mark.parametrize("name", ["0.up_proj.weight", "15.down_proj.weight"])
+def test_experts_both_fused_and_apart_are_refused_with_both_names(name: str, folder: Path) -> None:
+    tensors, module = read_tensors(folder), "model.layers.2.mlp.experts"
+    single = {f"{module}.{name}": tensors[f"{module}.{name}"]}
+    fuse(tensors, 2)
+    for order in (single | tensors, tensors | single):
+        write_weights(folder, order, 2)
+        with pytest.raises(TensorError, match="expected experts fused or apart, found both") as refused:
+            Parent(folder)
+        assert f"{module}.{name}" in str(refused.value)
+        assert re.search(rf"{module}\.(gate_up|down)_proj\b", str(refused.value))
+
+
+@pytest.mark.parametrize(("leaf", "expected"), [("gate_up_proj", "16, 512, 256"), ("down_proj", "16, 256, 256")])
+def test_fused_experts_of_another_shape_are_refused_with_both(leaf: str, expected: str, folder: Path) -> None:
+    tensors, name = read_tensors(folder), f"model.layers.2.mlp.experts.{leaf}"
+    fuse(tensors, 2)
+    tensors[name] = tensors[name][:-1].clone()
+    write_weights(folder, tensors, 2)
+    found = expected.replace("16", "15", 1)
+    with pytest.raises(TensorError, match=rf"{name}: expected BF16\[{expected}\], found BF16\[{found}\]"):
+        Parent(folder)
+
+
 def test_experts_that_are_stored_fused_are_read_apart(random_parent: Path, folder: Path) -> None:
     tensors = read_tensors(folder)
     for layer in (1, 2, 3):
-        module = f"model.layers.{layer}.mlp.experts"
-        experts = [[tensors.pop(f"{module}.{e}.{proj}.weight") for proj in PROJECTIONS] for e in range(16)]
-        tensors[f"{module}.gate_up_proj"] = torch.stack([torch.cat([gate, up]) for gate, up, _ in experts])
-        tensors[f"{module}.down_proj"] = torch.stack([down for *_, down in experts])
+        fuse(tensors, layer)
     write_weights(folder, tensors, 2)
     assert same_tensors(folder, random_parent)
     assert main(["serve", str(folder), "--bf16", "--print"]) == 2
 
 
-@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json", "tokenizer.json"),
+        *("tokenizer_config.json", "chat_template.jinja", "generation_config.json"),
+    ],
+)
 def test_a_git_lfs_pointer_is_told_from_damage(name: str, folder: Path) -> None:
     (folder / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 123\n")
     with pytest.raises(CheckpointError, match=rf"{name}: expected .*, found a Git LFS pointer to .*; .*git lfs pull"):
         Parent(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("tokenizer.json", "[]", "the tokenizer cannot be read"),
+        ("tokenizer.json", "{", "the tokenizer cannot be read"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json: expected a JSON object, found list"),
+        ("tokenizer_config.json", '{"tokenizer_class": 3}', "the tokenizer cannot be read"),
+        ("tokenizer_config.json", '{"eos_token": [1]}', "the tokenizer cannot be read"),
+        ("special_tokens_map.json", "[]", "special_tokens_map.json: expected a JSON object, found list"),
+    ],
+)
+def test_a_broken_file_of_the_tokenizer_is_refused(name: str, content: str, problem: str, folder: Path) -> None:
+    (folder / name).write_text(content)
+    with pytest.raises(CheckpointError, match=problem) as refused:
+        open_tokenizer(folder)
+    assert str(refused.value).isprintable()
 
 
 def test_a_model_in_a_hubs_cache_is_read_through_its_links(random_checkpoint: Path, tmp_path: Path) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import importlib.metadata
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -24,9 +27,9 @@ from encode.mortal import encode_until
 from random_checkpoint import read_tensors
 from random_parent import make_random_parent, write_weights
 from vqserve import cli
-from vqserve.encode import batch, pipeline, steps, vq
+from vqserve.encode import batch, code, pipeline, steps, vq
 from vqserve.encode.parent import Parent
-from vqserve.encode.pipeline import encode
+from vqserve.encode.pipeline import deterministic, encode
 from vqserve.encode.work import open_work, save_tensors
 from vqserve.encode.writer import MARKER, claimed
 from vqserve.evaluate.kl import Sample, divergence
@@ -251,6 +254,22 @@ def with_weights(parent: Path, folder: Path, change: Callable[[dict[str, Tensor]
     return folder
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(f"model.layers.1.self_attn.indexer.{leaf}" for leaf in ("wk.weight", "weights_proj.weight", "k_norm.bias")),
+        *("lm_head.weight", "model.norm.weight", "model.embed_tokens.weight"),
+    ],
+)
+def test_weights_that_no_layer_computes_with_are_checked_before_the_first_step(
+    name: str, parent: Path, calibration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = with_weights(parent, tmp_path / "bad", lambda tensors: tensors[name].view(-1)[-1].fill_(float("nan")))
+    line = refused(capsys, *arguments(bad, tmp_path / "out", calibration))
+    assert f"{name}: expected finite values, found nan at [" in line
+    assert not (tmp_path / "out").exists()
+
+
 def test_weights_that_are_not_finite_are_refused_and_the_tensor_named(
     parent: Path, calibration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -312,8 +331,70 @@ def test_a_second_encode_into_the_same_folder_is_refused_while_the_first_runs(
         line = refused(capsys, *arguments(parent, out, calibration, "--work", str(work)))
     assert f"{out}: another encode is at work in this folder (process {os.getpid()} on " in line
     with open_work(work, json.loads((work / "key.json").read_text())):
-        line = refused(capsys, *arguments(parent, tmp_path / "other", calibration, "--work", str(work)))
+        line = refused(capsys, *arguments(parent, tmp_path / "new" / "other", calibration, "--work", str(work)))
+    assert not (tmp_path / "new").exists()
     assert f"{work}: another encode is at work in this folder (process {os.getpid()} on " in line
+
+
+def test_a_work_folder_that_cannot_be_made_is_refused_and_nothing_is_left(
+    parent: Path, calibration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "out").mkdir()
+    for place, problem in (
+        (tmp_path / "file" / "x", "cannot be made (Not a directory)"),
+        (tmp_path / "link", "is a link to nothing"),
+    ):
+        for out in (tmp_path / "out", tmp_path / "new" / "out"):
+            line = refused(capsys, *arguments(parent, out, calibration, "--work", str(place)))
+            assert line == f"vqserve: error: {place}: {problem}; choose another place for the folder"
+    assert refused(capsys, *arguments(parent, tmp_path / "link", calibration)).endswith(
+        f"{tmp_path / 'link'}: is a link to nothing; choose another place for the folder"
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "out"]
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_an_encode_that_fails_at_its_first_step_leaves_no_folder_for_its_result(
+    parent: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "_run_steps", stop)
+    for out in (tmp_path / "new" / "out", tmp_path / "old"):
+        (tmp_path / "old").mkdir(exist_ok=True)
+        with pytest.raises(KeyboardInterrupt):
+            encode(parent, out, bits=2.0, calibration=calibration, progress=False, work=tmp_path / "work")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old", "work"]
+    assert not list((tmp_path / "old").iterdir())
+
+
+@pytest.mark.parametrize("write", ["pathlib.Path.write_bytes", "pathlib.Path.write_text", "os.write"])
+def test_a_disk_that_is_full_for_small_files_too_is_said_in_one_line(
+    write: str,
+    parent: Path,
+    calibration: Path,
+    work: Path,
+    encoded: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(*args: object, **more: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(write, full)
+        line = refused(capsys, *arguments(parent, out, calibration, "--work", str(work)))
+    assert re.fullmatch(
+        rf"vqserve: error: {out}/\S+: cannot be written \(No space left on device\), [\d,]+ bytes free; make room .*",
+        line,
+    )
+    assert out.exists() == (write != "os.write"), "nothing is left of an encode that did not begin"
+    assert cli.main(arguments(parent, out, calibration, "--work", str(work))) == 0
 
 
 def test_a_destination_with_something_in_it_is_refused_and_left_alone(
@@ -353,7 +434,10 @@ def test_a_bad_calibration_file_or_budget_is_refused_before_anything_is_written(
     assert not out.exists()
 
 
-@pytest.mark.parametrize("option", [["--file-size", "huge"], ["--file-size", "0"], ["--workers", "0"], ["--bits", "x"]])
+@pytest.mark.parametrize(
+    "option",
+    [["--file-size", "huge"], ["--file-size", "0"], ["--workers", "0"], ["--bits", "x"], ["--seed", str(10**30)]],
+)
 def test_a_senseless_option_is_refused(
     option: list[str], parent: Path, calibration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -371,6 +455,45 @@ def test_which_experts_are_encoded_together_changes_nothing(
     monkeypatch.setitem(steps.EXPERTS_AT_ONCE, "cpu", at_once)
     encode(parent, tmp_path / "encoded", bits=2.0, calibration=calibration, progress=False, file_size=FILE_SIZE)
     assert digests(tmp_path / "encoded") == digests(encoded)
+
+
+def test_a_gpu_adds_in_the_same_order_while_it_encodes_and_as_before_afterwards(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(device: str) -> None:
+        with deterministic(torch.device(device)):
+            inside.append(torch.are_deterministic_algorithms_enabled())
+            raise KeyboardInterrupt
+
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    inside: list[bool] = []
+    for before in (True, False):
+        torch.use_deterministic_algorithms(before)
+        for device in ("cuda", "cpu"):
+            with pytest.raises(KeyboardInterrupt):
+                interrupted(device)
+            assert torch.are_deterministic_algorithms_enabled() == before
+    assert inside == [True, True, True, False]
+
+
+def test_every_step_of_an_encode_runs_where_a_gpu_adds_in_the_same_order(
+    parent: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered: list[bool] = []
+
+    @contextmanager
+    def noted(device: torch.device) -> Iterator[None]:
+        entered.append(True)
+        yield
+        entered.append(False)
+
+    def stop(job: object, workers: object, progress: object) -> None:
+        raise UsageError(f"steps run at {entered}")
+
+    monkeypatch.setattr(pipeline, "deterministic", noted)
+    monkeypatch.setattr(pipeline, "_run_steps", stop)
+    with pytest.raises(UsageError, match=r"steps run at \[True\]"):
+        encode(parent, tmp_path / "out", bits=2.0, calibration=calibration, progress=False)
 
 
 @pytest.mark.slow
@@ -401,7 +524,22 @@ def test_extreme_experts_are_encoded_finitely_and_the_card_says_so(
     assert "nan" not in (tmp_path / "one" / "README.md").read_text()
 
 
-def test_work_of_other_code_or_libraries_is_not_taken_over(
+def refused_as_work_of_another_encode(
+    parent: Path, calibration: Path, work: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> str:
+    """What differs."""
+    line = refused(capsys, *arguments(parent, out, calibration, "--work", str(work)))
+    found = re.search(r"holds work of another encode \((.*) differ\)", line)
+    assert found is not None, line
+    return found[1]
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["encode/vq.py", "format/tiers.py", "model/forward.py", "model/new/routing.py", "reference/pack.py", "new.py"],
+)
+def test_work_of_other_code_is_not_taken_over(
+    file: str,
     parent: Path,
     calibration: Path,
     work: Path,
@@ -413,13 +551,42 @@ def test_work_of_other_code_or_libraries_is_not_taken_over(
     source = tmp_path / "vqserve"
     shutil.copytree(Path(vqserve.__file__).parent, source, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(vqserve, "__file__", str(source / "__init__.py"))
+    (source / "serve.py").write_text("CHANGED = True\n", encoding="utf-8")
     same = arguments(parent, tmp_path / "same", calibration, "--work", str(work))
-    assert cli.main(same) == 0, "a copy of the same code"
+    assert cli.main(same) == 0, "the same code, as far as an encode runs it"
     capsys.readouterr()
-    with (source / "reference" / "pack.py").open("a", encoding="utf-8") as file:
-        file.write("CHANGED = True\n")
-    other = arguments(parent, tmp_path / "other", calibration, "--work", str(work))
-    assert "another encode (code differ)" in refused(capsys, *other)
+    (source / file).parent.mkdir(exist_ok=True)
+    with (source / file).open("a", encoding="utf-8") as opened:
+        opened.write("CHANGED = True\n")
+    assert refused_as_work_of_another_encode(parent, calibration, work, tmp_path / "other", capsys) == "code"
+
+
+@pytest.mark.parametrize("library", ["numpy", "safetensors", "tokenizers", "torch", "transformers"])
+def test_work_of_other_libraries_is_not_taken_over(
+    library: str,
+    parent: Path,
+    calibration: Path,
+    work: Path,
+    encoded: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    installed = importlib.metadata.version
+    monkeypatch.setattr(
+        "vqserve.encode.code.version", lambda name: f"{installed(name)}{'.post1' if name == library else ''}"
+    )
+    assert refused_as_work_of_another_encode(parent, calibration, work, tmp_path / "out", capsys) == "libraries"
+
+
+def test_an_encode_imports_nothing_that_is_left_out_of_what_its_work_depends_on() -> None:
+    command = (
+        "import sys, vqserve.encode.command; print(*(name for name in sys.modules if name.startswith('vqserve.')))"
+    )
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    imported = {name.split(".")[1] for name in done.stdout.split()}
+    assert {"encode", "format", "model", "reference"} <= imported
+    assert not imported & {Path(name).stem for name in code.ELSEWHERE}
 
 
 @pytest.mark.slow
@@ -437,15 +604,41 @@ def test_a_full_disk_is_said_in_one_line_and_the_encode_goes_on_when_there_is_ro
     *_, line = done.stderr.splitlines()
     assert line.startswith(f"vqserve: error: {tmp_path / 'out'}")
     assert "cannot be written (" in line
-    assert line.endswith("bytes free; make room and start the encode again: it goes on here".removeprefix("bytes "))
+    assert line.endswith("bytes free; make room and run the command again: an encode goes on where it stopped")
     assert "Traceback" not in done.stderr
     assert cli.main(command) == 0
     assert digests(tmp_path / "out") == digests(encoded)
 
 
+def test_room_for_the_whole_is_looked_for_before_the_first_step(
+    parent: Path,
+    calibration: Path,
+    work: Path,
+    encoded: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    result, steps_done = (sum(path.stat().st_size for path in at.glob("*.safetensors")) for at in (encoded, work))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: argparse.Namespace(free=result // 2))
+    out = tmp_path / "out"
+    for more in ([], ["--work", str(tmp_path / "new")]):
+        line = refused(capsys, *arguments(parent, out, calibration, *more))
+        found = re.fullmatch(
+            rf"vqserve: error: {out}: an encode takes at least ([\d,]+) bytes more, {result // 2:,} bytes free; .*",
+            line,
+        )
+        assert found is not None, line
+        assert 2 * result < int(found[1].replace(",", "")) < result + steps_done
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: argparse.Namespace(free=result))
+    again = arguments(parent, out, calibration, "--work", str(work))
+    assert cli.main(again) == 0, "the work is there, and the result fits"
+
+
 def test_room_is_looked_for_before_a_file_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: argparse.Namespace(free=399))
-    with pytest.raises(UsageError, match=r"x\.safetensors: 400 bytes needed, 399 free; make room"):
+    with pytest.raises(UsageError, match=r"x\.safetensors: 400 bytes needed, 399 bytes free; make room"):
         save_tensors(tmp_path / "x.safetensors", {"x": torch.zeros(100)})
     assert not list(tmp_path.iterdir())
 

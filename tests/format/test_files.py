@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -257,6 +258,33 @@ def test_a_codebook_that_is_not_finite_is_refused_with_row_and_column(checkpoint
 
     _change_tensors(checkpoint, poison)
     assert "codebook_c: expected finite values, found NaN or infinity at [200, 3]" in _refusal(checkpoint)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        (f"{STEM}.7.down_proj.scales", "[1, 255]"),
+        (f"{STEM}.0.gate_proj.scales", "[255, 1]"),
+        ("model.layers.0.self_attn.o_proj.scales", "[3, 255]"),
+    ],
+)
+def test_a_scale_that_is_not_finite_is_refused_where_files_are_read_whole(
+    name: str, place: str, value: float, checkpoint: Path
+) -> None:
+    def poison(tensors: dict[str, Tensor]) -> None:
+        tensors[name][0] = 2.0**127 if tensors[name].dtype == torch.bfloat16 else 65504  # finite, if only just
+        tensors[name][-1, -1] = value
+
+    _change_tensors(checkpoint, poison)
+    assert f"{name}: expected finite values, found NaN or infinity at {place}" in _refusal(checkpoint, TensorError)
+    check_checkpoint(checkpoint, digests=False)
+
+
+@pytest.mark.parametrize("name", [FIRST, INDEX, "tokenizer.json", "manifest.json"])
+def test_a_git_lfs_pointer_is_told_from_damage(checkpoint: Path, name: str) -> None:
+    (checkpoint / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 123\n")
+    assert re.search(rf"/{name}: expected .*, found a Git LFS pointer to it; .*git lfs pull", _refusal(checkpoint))
 
 
 def test_zero_points_that_are_not_symmetric_are_refused(checkpoint: Path) -> None:

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from transformers import GlmMoeDsaConfig
 
 from random_parent import CONFIG
-from vqserve.format.errors import ConfigError
+from vqserve.format.config import QuantConfig
+from vqserve.format.errors import CheckpointError, ConfigError
 from vqserve.format.geometry import Geometry
+from vqserve.format.layout import float_dtype
 from vqserve.format.variants import IMPLIED, NO_EFFECT, RULES, check_variant, completed
 
 NAME = r"(?:self\.)?(?:hf_text_config|hf_config|text_config|config)"
@@ -25,7 +27,10 @@ READERS = (
     ("vllm", "model_executor/models/deepseek_v2.py"),
     ("vllm", "models/deepseek_v32/nvidia/model.py"),
     ("vllm", "models/deepseek_v32/attention.py"),
+    ("vllm", "transformers_utils/model_arch_config_convertor.py"),
 )
+LISTS = re.compile(r"^ +(?:attributes|num_expert_names|names|possible_keys) = \[(.*?)\]", re.DOTALL | re.MULTILINE)
+"""Of keys, the first of which that is there counts."""
 SIZES = {field.name for field in fields(Geometry)}
 ELSEWHERE = {
     *("model_type", "dtype", "torch_dtype", "tie_word_embeddings", "mlp_layer_types", "quantization_config"),
@@ -36,6 +41,7 @@ OTHERS = {
     # Not of config.json: vLLM's own configurations are called `config` too.
     *("block_size", "cache_config", "enable_eplb", "eplb_config", "model_config", "num_redundant_experts"),
     *("parallel_config", "pipeline_parallel_size", "quant_config", "scheduler_config", "speculative_config"),
+    "json",
     *("static_forward_context", "use_mla", "use_sequence_parallel_moe", "hf_config", "skip_final_all_reduce"),
     # Of transformers' class, not of the file.
     *("_attn_implementation", "get_text_config"),
@@ -52,7 +58,10 @@ def source(package: str, file: str) -> Path:
 @pytest.mark.parametrize(("package", "file"), READERS)
 def test_every_key_that_a_reader_names_is_decided(package: str, file: str) -> None:
     text = source(package, file).read_text(encoding="utf-8")
+    if file.endswith("_convertor.py"):
+        text = text.split("\nclass ")[1]  # the first is of every model, the others of other models
     read = {a or b for a, b in READ.findall(text)}
+    read |= {key for keys in LISTS.findall(text) for key in re.findall(r'"(\w+)"', keys)}
     assert len(read) > 3
     assert read - SIZES - set(RULES) - NO_EFFECT - ELSEWHERE - OTHERS == set()
 
@@ -83,6 +92,38 @@ def test_any_value_is_what_both_compute_or_is_refused_with_its_key(key: str, val
         assert "\n" not in str(error.value)
 
 
+ODD = JSON | st.integers() | st.sampled_from([10**14, 10**400, -(10**400), "x", ["x"], {"a": 1}, [["a"], {}], 1e308])
+
+
+@given(
+    changes=st.dictionaries(st.sampled_from(sorted(set(RULES) | SIZES | ELSEWHERE)), ODD, min_size=1, max_size=2),
+    absent=st.sets(st.sampled_from(sorted(CONFIG)), max_size=1),
+)
+def test_whatever_the_keys_say_is_taken_or_refused_in_one_line(changes: dict[str, Any], absent: set[str]) -> None:
+    config = {key: value for key, value in CONFIG.items() if key not in absent} | changes
+    try:
+        Geometry.from_dict(config)
+        float_dtype(config)
+        QuantConfig.from_dict(config.get("quantization_config"))
+    except CheckpointError as refused:
+        assert str(refused).isprintable()  # noqa: PT017 - either way is right
+
+
+@pytest.mark.parametrize("value", ["a", [1], None, 10**14])
+@pytest.mark.parametrize("key", ["qk_nope_head_dim", "num_hidden_layers"])
+def test_a_size_is_refused_before_a_rule_computes_with_it(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"^config\.json: {key}: expected an integer"):
+        Geometry.from_dict({**CONFIG, "layer_types": ["indexed_attention"] * 4, key: value})
+
+
+@pytest.mark.parametrize("value", [["x"], {"a": 1}, "float8_e4m3fn", "", 0, False])
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_a_dtype_that_is_none_is_refused(key: str, value: object) -> None:
+    config = {name: found for name, found in CONFIG.items() if name != "dtype"}
+    with pytest.raises(ConfigError, match=r"^config\.json: dtype: expected one of bfloat16, float16, float32, found "):
+        float_dtype({**config, key: value})
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -100,6 +141,8 @@ def test_any_value_is_what_both_compute_or_is_refused_with_its_key(key: str, val
         ("layer_types", ["full_attention"] * 4),
         ("rms_norm_eps", 0),
         ("routed_scaling_factor", float("inf")),
+        ("routed_scaling_factor", 10**400),
+        ("compression_config", {"quant_method": "compressed-tensors"}),
     ],
 )
 def test_what_the_two_readers_would_compute_differently_is_refused(key: str, value: object) -> None:

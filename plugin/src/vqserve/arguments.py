@@ -26,6 +26,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def seed(text: str) -> int:
+    """A whole number from 0 to 2**32 - 1, which every generator of random numbers takes.
+
+    Raises:
+        ArgumentTypeError: It is not one.
+    """
+    if not (text.isascii() and text.isdecimal() and len(text) < 100) or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**32 - 1}")
+    return int(text)
+
+
 def size(text: str) -> int:
     """A number of bytes, such as `500MiB` or `4GiB`; K, M and G are powers of 1024 with or without `iB`.
 

@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from vqserve.arguments import positive
+from vqserve.arguments import positive, seed
 from vqserve.checkpoint.assume import SEED_MIX
 from vqserve.format.errors import CheckpointError, UsageError
 from vqserve.format.strict_json import parse_object
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kernels.add_argument(
         "--tokens", type=_numbers, default=BATCHES, metavar="N,...", help=f"default: {','.join(map(str, BATCHES))}"
     )
-    kernels.add_argument("--seed", type=int, default=0, help="which codes and activations; default: %(default)s")
+    kernels.add_argument("--seed", type=seed, default=0, help="which codes and activations; default: %(default)s")
     kernels.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
     kernels.add_argument("--plot", type=Path, metavar="FILE", help="draw times against the card's limits")
     model = tasks.add_parser(

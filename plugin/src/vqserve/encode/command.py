@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from vqserve.arguments import positive, size
+from vqserve.arguments import positive, seed, size
 from vqserve.encode.pipeline import FILE_SIZE, encode
 from vqserve.format.tiers import TIERS
 
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help='JSON Lines: {"messages": [...]}, {"prompt": "...", "completion": "..."} or {"text": "..."} on each line',
     )
-    parser.add_argument("--seed", type=int, default=0, help="same inputs and seed, same bytes (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="same inputs and seed, same bytes (default: 0)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute (default: a GPU if there is one)")
     parser.add_argument("--workers", type=positive, help="steps at once on the CPU (default: one per core)")
     parser.add_argument(

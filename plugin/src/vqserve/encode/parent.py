@@ -8,6 +8,7 @@ from typing import Any
 
 from vqserve.format.files import DIGEST_LIMIT
 from vqserve.format.manifest import sha256_file
+from vqserve.format.names import layer_of
 from vqserve.model.weights import StoredModel
 
 _SAMPLES, _SAMPLE_BYTES = 64, 2**16
@@ -15,6 +16,20 @@ _SAMPLES, _SAMPLE_BYTES = 64, 2**16
 
 class Parent(StoredModel):
     """A GLM-MoE-DSA checkpoint in bf16 or another float dtype. Weights stay on disk until a tensor is asked for."""
+
+    def check_left_over(self) -> None:
+        """Reads, one at a time, what no layer computes with: else it would be read for the first time hours later.
+
+        These are the indexers, which do not run, and the tensors outside of layers.
+
+        Raises:
+            TensorError: One holds NaN or infinity.
+        """
+        layers = range(self.geometry.num_hidden_layers)
+        for name in self.tensors:
+            layer = layer_of(name)
+            if layer is None or (layer in layers and ".self_attn.indexer." in name):
+                self.tensor(name)
 
     def fingerprint(self) -> dict[str, Any]:
         """Tells parents apart by their content: the configuration and the sha256 of each weight file.

@@ -22,6 +22,7 @@ from vqserve.encode.card import Origin, model_card, parent_license
 from vqserve.encode.code import software
 from vqserve.encode.parent import Parent
 from vqserve.encode.plan import Plan, Table, byte_budget, make_plan
+from vqserve.encode.room import check_room
 from vqserve.encode.steps import Job, batch_name, load_codebooks
 from vqserve.encode.work import check_work, open_work
 from vqserve.encode.writer import check_free, claimed, write_checkpoint
@@ -95,7 +96,9 @@ def encode(
         raise UsageError(f"--work {work}: lies in {dst}, or around it; choose a folder apart from the result")
     check_free(dst)
     check_work(place, key)
-    with claimed(dst), open_work(place, key) as results, _deterministic(target):
+    check_room(parent, len(tokens.ids), bits, dst, place)
+    parent.check_left_over()
+    with claimed(dst), open_work(place, key) as results, deterministic(target):
         _tell(calibration, report, progress)
         if dropped := parent.geometry.num_nextn_predict_layers:
             left_out = f"{src}: its {dropped} multi-token-prediction layers will not be in the result"
@@ -178,7 +181,7 @@ def _run(todo: list[Step], workers: int | None, device: torch.device, bar: tqdm[
 
 
 @contextmanager
-def _deterministic(device: torch.device) -> Iterator[None]:
+def deterministic(device: torch.device) -> Iterator[None]:
     """Has a GPU add in the same order every time; several of torch's kernels would not."""
     before = torch.are_deterministic_algorithms_enabled()
     if device.type == "cuda":

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vqserve.format.atomic import remove_unfinished, replacing, unfinished_name, write_whole
+from vqserve.format.atomic import no_room, remove_unfinished, replacing, unfinished_name, write_whole, writing
 from vqserve.format.errors import UsageError
 
 _KEY = "key.json"
@@ -34,17 +34,32 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         UsageError: The disk is full, or the file cannot be written for another reason.
     """
     nbytes, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(path.parent).free
-    again = "make room and start the encode again: it goes on here"
     if nbytes > free:
-        raise UsageError(f"{path}: {nbytes:,} bytes needed, {free:,} free; {again}")
-    try:
-        with replacing(path) as unfinished:
+        raise no_room(path, f"{nbytes:,} bytes needed")
+    with replacing(path) as unfinished:
+        try:
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, unfinished, {"format": "pt"})
-    except (SafetensorError, OSError) as cause:
-        free = shutil.disk_usage(path.parent).free
-        raise UsageError(
-            f"{path}: cannot be written ({cause}), {nbytes:,} bytes needed, {free:,} free; {again}"
-        ) from cause
+        except SafetensorError as cause:  # of an OSError
+            raise no_room(path, f"cannot be written ({cause}), {nbytes:,} bytes needed") from cause
+
+
+def make_folder(folder: Path) -> list[Path]:
+    """Makes a folder and those around it, as far as they do not exist.
+
+    Returns:
+        Those that were made, the folder first.
+
+    Raises:
+        UsageError: It cannot be made.
+    """
+    lacking = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as cause:
+        dangling = folder.is_symlink() and not folder.exists()
+        problem = "is a link to nothing" if dangling else f"cannot be made ({cause.strerror})"
+        raise UsageError(f"{folder}: {problem}; choose another place for the folder") from cause
+    return lacking
 
 
 def open_locked(path: Path, flags: int) -> int:
@@ -58,19 +73,29 @@ def open_locked(path: Path, flags: int) -> int:
         The file descriptor.
 
     Raises:
-        UsageError: Another encode holds the lock; the message says which.
+        UsageError: Another encode holds the lock; the message says which. Or the file cannot be written.
     """
-    descriptor = os.open(path, os.O_RDWR | flags, 0o666)
+    with writing(path):
+        descriptor = os.open(path, os.O_RDWR | flags, 0o666)
+        try:
+            _lock(descriptor, path.parent)
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        except BaseException as error:
+            if flags & os.O_EXCL and isinstance(error, OSError):  # made here, locked, and of no use
+                path.unlink()
+            os.close(descriptor)
+            raise
+    return descriptor
+
+
+def _lock(descriptor: int, folder: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as cause:
         holder = os.read(descriptor, 100).decode(errors="replace") or "one that has just begun"
-        os.close(descriptor)
         problem = f"another encode is at work in this folder ({holder})"
-        raise UsageError(f"{path.parent}: {problem}; wait until it ends, or choose another") from cause
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
-    return descriptor
+        raise UsageError(f"{folder}: {problem}; wait until it ends, or choose another") from cause
 
 
 class Work:
@@ -169,10 +194,10 @@ def open_work(folder: Path, key: Mapping[str, Any]) -> Iterator[Work]:
         key: What the results depend on, as JSON.
 
     Raises:
-        UsageError: Another encode is at work in it; or see `check_work`.
+        UsageError: Another encode is at work in it, or it cannot be made or written; or see `check_work`.
     """
     check_work(folder, key)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     descriptor = open_locked(folder / _LOCK, os.O_CREAT)
     try:
         check_work(folder, key)  # another encode may have begun one before the lock was ours

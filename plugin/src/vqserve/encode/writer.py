@@ -8,34 +8,23 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from vqserve.encode.work import open_locked, save_tensors
+from vqserve.encode.work import make_folder, open_locked, save_tensors
 from vqserve.format.atomic import remove_unfinished, replacing, write_whole
 from vqserve.format.errors import UsageError
-from vqserve.format.files import INDEX
+from vqserve.format.files import COMPANIONS, INDEX
 from vqserve.format.layout import TensorSpec, checkpoint_specs
 from vqserve.format.manifest import MANIFEST, write_manifest
 from vqserve.format.names import layer_of
 
 MARKER = ".vqserve-incomplete"
 """Hidden file in a folder whose checkpoint is not complete yet; locked while an encode is at work in it."""
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "known_answers.json",
-    "LICENSE",
-)
-"""Files copied from the parent, if it has them."""
 _HEADER_BYTES = 256
 """Allowed per tensor in a file's header."""
 
@@ -58,22 +47,37 @@ def check_free(folder: Path) -> None:
 def claimed(folder: Path) -> Iterator[None]:
     """Marks a folder, made if it does not exist, as being written, and keeps other encodes out of it.
 
-    The mark is lifted at the end; an exception leaves it, for another encode to go on there.
+    The mark is lifted at the end; an exception leaves it, for another encode to go on there, unless nothing else is
+    there yet: then nothing is left.
 
     Raises:
-        UsageError: Another encode is at work in it; or see `check_free`.
+        UsageError: Another encode is at work in it, or it cannot be made or written; or see `check_free`.
     """
+    made: list[Path] = []
     descriptor = None
-    while descriptor is None:
-        check_free(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = _lock_marker(folder)
     try:
+        while descriptor is None:
+            check_free(folder)
+            made += make_folder(folder)
+            descriptor = _lock_marker(folder)
         remove_unfinished(folder)
         yield
         (folder / MARKER).unlink()
+    except BaseException:
+        if descriptor is not None and [path.name for path in folder.iterdir()] == [MARKER]:
+            (folder / MARKER).unlink()
+        _remove_empty(made)
+        raise
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Removes folders, the innermost first, up to the first in which there is something."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def _lock_marker(folder: Path) -> int | None:
@@ -119,8 +123,9 @@ def write_checkpoint(
         write_whole(folder / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
     for name in COMPANIONS:
         if (source / name).is_file():
+            copied = (source / name).read_bytes()
             with replacing(folder / name) as unfinished:
-                shutil.copyfile(source / name, unfinished)
+                unfinished.write_bytes(copied)
     write_whole(folder / "README.md", card)
     write_manifest(folder)
 

@@ -6,6 +6,9 @@ from __future__ import annotations
 class UsageError(Exception):
     """A wrong argument or environment of the user: port taken, unsupported vLLM version, plugin missing."""
 
+    def __str__(self) -> str:
+        return _printable(super().__str__())
+
 
 class CheckpointError(Exception):
     """A checkpoint that cannot be trusted or used.
@@ -29,8 +32,13 @@ class CheckpointError(Exception):
 
 def _one_line(text: str) -> str:
     """What a damaged file says may hold anything; the message stays one line of a terminal's."""
-    shown = text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
+    shown = _printable(text)
     return shown if len(shown) <= 400 else f"{shown[:400]}..."
+
+
+def _printable(text: str) -> str:
+    """The text with escapes for what would break a line, move the cursor, or not be shown."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
 class ConfigError(CheckpointError):

@@ -13,18 +13,28 @@ from typing import Any
 
 from vqserve.format.companions import check_companions
 from vqserve.format.config import QuantConfig
-from vqserve.format.errors import CheckpointError, ConfigError, TensorError
+from vqserve.format.errors import CheckpointError, ConfigError, ManifestError, TensorError
 from vqserve.format.geometry import Geometry
 from vqserve.format.headers import StoredTensor, read_header
 from vqserve.format.layout import TensorSpec, checkpoint_specs, float_dtype, parent_specs
 from vqserve.format.manifest import FileRecord, Report, check_manifest, plain_file, read_manifest, refuse
 from vqserve.format.names import expert_tensor
-from vqserve.format.strict_json import read_object
+from vqserve.format.strict_json import LFS_REMEDY, POINTER_FOUND, is_pointer, read_object
 from vqserve.format.values import check_codebooks, check_scales, check_zero_points
 from vqserve.format.variants import completed
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "known_answers.json",
+    "LICENSE",
+)
+"""Files beside the weights that a checkpoint may have; an encode copies its parent's."""
 DIGEST_LIMIT = 1 << 30
 """Checkpoints below this many bytes are read whole by `vqserve serve`, for their sha256: it takes about a second."""
 
@@ -89,15 +99,13 @@ def check_parent(folder: Path) -> ParentCheckpoint:
         if config.get("quantization_config") is not None:
             where = f"{folder / 'config.json'}: quantization_config"
             raise ConfigError(where, "the checkpoint is quantized already", "give the unquantized parent")
+        for name in COMPANIONS:
+            if (folder / name).is_file() and is_pointer(folder / name):
+                raise CheckpointError(str(folder / name), POINTER_FOUND, LFS_REMEDY)
         config = completed(config)
         geometry = Geometry.from_dict(config)
         stored = read_tensors(folder) if (folder / INDEX).is_file() else read_single(folder)
-        tensors = {
-            part.name: part
-            for tensor in stored.values()
-            if not tensor.name.endswith(_LEFT_OVER)
-            for part in unfused(tensor, geometry)
-        }
+        tensors = _apart((found for found in stored.values() if not found.name.endswith(_LEFT_OVER)), geometry)
         check_tensors(tensors, parent_specs(geometry, float_dtype(config)), remedy=_DOWNLOAD)
     fused = any(tensor.name.endswith(_FUSED) for tensor in stored.values())
     return ParentCheckpoint(folder, config, geometry, tensors, fused)
@@ -109,20 +117,49 @@ def read_single(folder: Path) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: There is no such file, or it is damaged.
     """
-    return read_header(plain_file(folder, SINGLE, f"the checkpoint, which has no {INDEX},", links=True))
+    found = len(list(folder.glob("*.safetensors")))
+    if found and not (folder / SINGLE).exists():
+        problem = f"is missing: expected it beside {found} safetensors files that are not called {SINGLE}"
+        raise ManifestError(str(folder / INDEX), problem, _DOWNLOAD)
+    return read_header(plain_file(folder, SINGLE, f"a checkpoint without {INDEX}", links=True))
+
+
+def _apart(stored: Iterable[StoredTensor], geometry: Geometry) -> dict[str, StoredTensor]:
+    """Where every tensor is, by name, experts apart.
+
+    Raises:
+        TensorError: Experts are stored both fused and apart, or fused in another shape than the configuration's.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    holders: dict[str, StoredTensor] = {}
+    for tensor in stored:
+        for part in unfused(tensor, geometry):
+            other = holders.setdefault(part.name, tensor)
+            if other is not tensor:
+                problem = f"expected experts fused or apart, found both: {other.path}: {other.name} holds the same"
+                raise TensorError(f"{tensor.path}: {tensor.name}", problem, _DOWNLOAD)
+            tensors[part.name] = part
+    return tensors
 
 
 def unfused(tensor: StoredTensor, geometry: Geometry) -> Iterator[StoredTensor]:
-    """The projections of a layer's experts, if a tensor is all of them on top of each other, else the tensor itself."""
+    """The projections of a layer's experts, if a tensor is all of them on top of each other, else the tensor itself.
+
+    Raises:
+        TensorError: It is all of them by its name, but not by its shape.
+    """
     module, _, leaf = tensor.name.rpartition(".")
     inner, hidden = geometry.moe_intermediate_size, geometry.hidden_size
     whole = {
         "gate_up_proj": (geometry.n_routed_experts, 2 * inner, hidden),
         "down_proj": (geometry.n_routed_experts, hidden, inner),
     }
-    if not tensor.name.endswith(_FUSED) or tensor.shape != whole[leaf]:
+    if not tensor.name.endswith(_FUSED):
         yield tensor
         return
+    if tensor.shape != whole[leaf]:
+        problem = f"expected {_kind(tensor.dtype, whole[leaf])}, found {_kind(tensor.dtype, tensor.shape)}"
+        raise TensorError(f"{tensor.path}: {tensor.name}", problem, _DOWNLOAD)
     projections = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else ("down_proj",)
     nbytes = tensor.nbytes // geometry.n_routed_experts // len(projections)
     for expert in range(geometry.n_routed_experts):
@@ -137,7 +174,7 @@ def check_checkpoint(folder: Path, digests: bool | None = None) -> Checkpoint:
 
     Args:
         folder: The checkpoint.
-        digests: Whether to read every file whole, to check its sha256 and the experts' scales; None means if all files
+        digests: Whether to read every file whole, to check its sha256 and all scales; None means if all files
             together are below 1 GiB.
 
     Raises:

@@ -122,6 +122,7 @@ class Geometry:
                 f"expected {MODEL_TYPE!r}, found {config.get('model_type')!r}",
                 "vqserve takes GLM-MoE-DSA models only",
             )
+        sizes = {key: _integer(config, key, least=1) for key in _SIZES}
         check_variant(config)
         if config.get("tie_word_embeddings", False) is not False:
             raise ConfigError(
@@ -129,7 +130,6 @@ class Geometry:
                 f"expected false, found {config['tie_word_embeddings']!r}: the served model class does not tie them",
                 "store lm_head.weight as a copy of model.embed_tokens.weight and set tie_word_embeddings to false",
             )
-        sizes = {key: _integer(config, key, least=1) for key in _SIZES}
         layers, dense = sizes["num_hidden_layers"], _dense_layers(config, sizes["num_hidden_layers"])
         if sizes["num_experts_per_tok"] > sizes["n_routed_experts"]:
             raise ConfigError(

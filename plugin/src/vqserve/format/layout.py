@@ -256,7 +256,7 @@ def float_dtype(config: Mapping[str, Any]) -> str:
     Raises:
         ConfigError: The dtype is not one of bfloat16, float16, float32.
     """
-    stated = next((config[key] for key in ("dtype", "torch_dtype") if config.get(key) is not None), "bfloat16")
+    stated = next(found for found in (config.get("dtype"), config.get("torch_dtype"), "bfloat16") if found is not None)
     known = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
     if not isinstance(stated, str) or stated not in known:
         raise ConfigError(

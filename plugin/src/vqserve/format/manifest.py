@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from vqserve.format.atomic import replacing, unfinished_name, write_whole
 from vqserve.format.errors import CheckpointError, ManifestError
-from vqserve.format.strict_json import read_object
+from vqserve.format.strict_json import LFS_REMEDY, POINTER_FOUND, is_pointer, read_object
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
@@ -182,6 +182,8 @@ def check_sizes(folder: Path, records: Mapping[str, FileRecord], report: Report 
         size = path.stat().st_size
         if size == record.size:
             right.append(name)
+        elif is_pointer(path):
+            report(ManifestError(str(path), POINTER_FOUND, LFS_REMEDY))
         else:
             report(ManifestError(str(path), f"expected {record.size} bytes, found {size}", _RESTORE))
     return right

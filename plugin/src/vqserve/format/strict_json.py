@@ -13,6 +13,7 @@ from vqserve.format.errors import CheckpointError
 MAX_FILE_BYTES = 100_000_000
 
 LFS_POINTER = b"version https://git-lfs"
+POINTER_FOUND = "expected the file, found a Git LFS pointer to it"
 LFS_REMEDY = "fetch the files themselves: git lfs pull"
 _RESTORE = "restore the file from where the checkpoint came from"
 
@@ -39,6 +40,12 @@ def parse_object(data: bytes, where: str, error: type[CheckpointError] = Checkpo
     if not isinstance(value, dict):
         raise error(where, f"expected a JSON object, found {type(value).__name__}", _RESTORE)
     return value
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether a file is what Git LFS leaves in place of one that was not fetched."""
+    with path.open("rb") as file:
+        return file.read(len(LFS_POINTER)) == LFS_POINTER
 
 
 def read_object(path: Path, error: type[CheckpointError] = CheckpointError) -> dict[str, Any]:

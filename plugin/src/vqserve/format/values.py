@@ -14,8 +14,11 @@ FULL_EXPONENT = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000}
 """Per float dtype the bits of the exponent: NaN and infinities are the patterns that have all of them set."""
 
 _REENCODE = "restore the checkpoint from where it came from, or encode it again"
-# For the upper byte of an fp16, which holds all of its exponent.
-_IS_FULL = bytes(byte & 0x7C == 0x7C for byte in range(256))
+# For the upper byte: of an fp16 it holds all of the exponent, of a bf16 all but the last bit.
+_IS_FULL = {
+    "F16": bytes(byte & 0x7C == 0x7C for byte in range(256)),
+    "BF16": bytes(byte & 0x7F == 0x7F for byte in range(256)),
+}
 
 
 def not_finite(tensor: StoredTensor, at: int) -> TensorError:
@@ -29,24 +32,27 @@ def not_finite(tensor: StoredTensor, at: int) -> TensorError:
 
 
 def check_halves(tensor: StoredTensor, data: bytes, report: Report = refuse) -> None:
-    """Checks that the F16 values of a tensor are finite, with the standard library at some GB/s.
+    """Checks that the F16 or BF16 values of a tensor are finite, with the standard library at some GB/s.
 
     Raises:
         TensorError: With `refuse`: one is not.
     """
-    at = data[1::2].translate(_IS_FULL).find(1)
+    upper = data[1::2].translate(_IS_FULL[tensor.dtype])
+    at = upper.find(1)
+    while at >= 0 and tensor.dtype == "BF16" and not data[2 * at] & 0x80:
+        at = upper.find(1, at + 1)
     if at >= 0:
         report(not_finite(tensor, at))
 
 
 def check_scales(tensors: Mapping[str, StoredTensor]) -> None:
-    """Checks that the scales of the routed experts are finite.
+    """Checks that the scales of the routed experts and of the 4-bit layers are finite.
 
     Raises:
         TensorError: The first that is not.
     """
     for tensor in tensors.values():
-        if tensor.name.endswith(".scales") and tensor.dtype == "F16":  # those of the spine are BF16
+        if tensor.name.endswith(".scales"):
             check_halves(tensor, tensor.read())
 
 

@@ -9,7 +9,7 @@ reads the sources of both and fails for a key that is not.
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,12 +31,15 @@ NO_EFFECT = frozenset(
 
 _UNSUPPORTED = "this variant is not supported"
 _ABSENT = (
-    # Read by vLLM alone; each changes attention, or the part of the configuration that counts.
+    # Read by vLLM alone; each changes attention, a size, how weights are stored, or the part of it all that counts.
     *("attn_config", "attn_module_list_cfg", "attn_type_list", "block_configs", "dual_chunk_attention_config"),
     *("encoder", "encoder_config", "is_heterogeneous", "llama_4_scaling", "per_layer_config", "rswa_window"),
     *("sliding_window", "text_config", "transf_decoder", "use_bidirectional_attention", "vision_config"),
     *("position_embedding_type", "model_max_length", "num_layers", "hidden_size_per_head", "attention_head_dim"),
-    "language_config",
+    *("language_config", "compression_config", "compress_ratios", "model", "is_mm_prefix_lm"),
+    *("n_head_kv", "num_kv_heads", "multi_query_group_num", "num_attention_groups", "moe_num_experts"),
+    *("num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "n_positions", "max_seq_len", "seq_length"),
+    *("max_target_positions", "max_sequence_length", "max_seq_length", "seq_len"),
 )
 
 
@@ -85,11 +88,11 @@ RULES: Mapping[str, Rule] = {
     "architectures": _only([ARCHITECTURE]),
     "layer_types": Rule(
         "'indexed_attention' for every layer",
-        lambda found, config: any(found == [n] * config.get("num_hidden_layers", 0) for n in INDEXED_ATTENTION),
+        lambda found, config: any(found == [name] * config["num_hidden_layers"] for name in INDEXED_ATTENTION),
     ),
     "qk_head_dim": Rule(
         "the sum of qk_nope_head_dim and qk_rope_head_dim",
-        lambda found, config: found == config.get("qk_nope_head_dim", 0) + config.get("qk_rope_head_dim", 0),
+        lambda found, config: found == config["qk_nope_head_dim"] + config["qk_rope_head_dim"],
     ),
     "rms_norm_eps": Rule("a number above 0 and up to 0.001", lambda found, _: _is_number(found) and 0 < found <= 1e-3),
     "routed_scaling_factor": Rule("a number above 0", lambda found, _: _is_number(found) and found > 0),
@@ -127,11 +130,14 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
 def check_variant(config: Mapping[str, Any]) -> None:
     """Checks that both readers would compute the same model.
 
+    Args:
+        config: A parsed `config.json` whose sizes are right; `Geometry.from_dict` sees to that.
+
     Raises:
         ConfigError: A key is missing, or has a value that one of them would not honour.
     """
     for key, rule in RULES.items():
-        found = config.get(key, _DEFAULTS.get(key))
+        found = _DEFAULTS.get(key) if config.get(key) is None else config[key]
         if found is None:
             if rule.required:
                 problem = "key is missing: without it the server would compute another model than the encoder"
@@ -141,4 +147,4 @@ def check_variant(config: Mapping[str, Any]) -> None:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]  # checked on its left
+    return isinstance(value, int | float) and type(value) is not bool and abs(value) <= sys.float_info.max

@@ -19,6 +19,7 @@ from vqserve.format.geometry import Geometry
 from vqserve.format.headers import StoredTensor
 from vqserve.format.layout import parent_specs
 from vqserve.format.names import codebook_name, expert_tensor, experts_module, parse_expert_tensor
+from vqserve.format.strict_json import read_object
 from vqserve.format.tiers import TIERS
 from vqserve.reference.dequantize import Codebook, dequantize
 from vqserve.reference.gptq import dequantize_gptq
@@ -166,9 +167,12 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     if not (folder / "tokenizer.json").is_file():
         raise CheckpointError(str(folder), "holds no tokenizer.json", "copy the parent's tokenizer files into it")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).is_file():
+            read_object(folder / name)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of transformers or of the tokenizers library, which raises that very class
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{folder}", f"the tokenizer cannot be read ({reason})", _DOWNLOAD) from error
     return tokenizer
