@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ TOLERANCE = 2e-3
 """Relative error of a result in bf16 against the reference in fp64; rounding alone makes 1.7e-3."""
 GATED = 2
 """Tokens of a batch that are compared with the reference, the first and the last."""
+PAIRS = 64
+"""A graph has as many calls, each for its own tokens, as come to so many choices of experts; at least one."""
 EAGER_TOKENS = 16
 """The largest batch that torch's operators are timed with: they take minutes for more."""
 
@@ -41,7 +44,7 @@ class Row:
         us: One layer's experts: gate and up, SiLU, down, weighted sum.
         gate_up_us, down_us: Of that the two large kernels, caches warm.
         flops: Multiplications and additions of the weights with the activations.
-        nbytes: Codes and scales of the experts chosen.
+        nbytes: Codes and scales of the experts chosen, on average of a graph's calls.
         copy_share: `nbytes` over time, as a share of the measured copy bandwidth.
         shared_share: Reads of tables or codewords over time, as a share of what shared memory moves.
         error: Relative error of the tokens compared.
@@ -149,7 +152,9 @@ def _stock(geometry: Geometry, ranks: int, batches: Sequence[int]) -> dict[int, 
     for make in (stock.fused_bf16, stock.marlin_4_bit):
         try:
             call = make(*sizes)
-            times.append([graph_us(_bound(call, geometry, tokens, 0)) for tokens in batches])
+            times.append(
+                [graph_us([partial(call, *routed) for routed in _routings(geometry, tokens, 0)]) for tokens in batches]
+            )
             del call
         except (ImportError, torch.cuda.OutOfMemoryError):
             times.append([None] * len(batches))
@@ -157,9 +162,11 @@ def _stock(geometry: Geometry, ranks: int, batches: Sequence[int]) -> dict[int, 
     return dict(zip(batches, zip(*times, strict=True), strict=True))
 
 
-def _bound(call: stock.Call, geometry: Geometry, tokens: int, seed: int) -> Callable[[], Tensor]:
-    routed = random_routing(tokens, geometry.hidden_size, geometry.n_routed_experts, geometry.num_experts_per_tok, seed)
-    return lambda: call(*routed)
+def _routings(geometry: Geometry, tokens: int, seed: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Activations, weights and ids for as many calls as a graph has."""
+    top_k, number = geometry.num_experts_per_tok, geometry.n_routed_experts
+    calls = max(1, PAIRS // (tokens * top_k))
+    return [random_routing(tokens, geometry.hidden_size, number, top_k, seed + at) for at in range(calls)]
 
 
 def _row(
@@ -174,20 +181,16 @@ def _row(
     theirs: tuple[float | None, float | None],
 ) -> Row:
     ready = in_kernel_order(experts)
-    x, weights, ids = random_routing(
-        tokens, geometry.hidden_size, geometry.n_routed_experts, geometry.num_experts_per_tok, seed
-    )
+    routings = _routings(geometry, tokens, seed)
+    x, weights, ids = routings[0]
     kernel = "tables" if lut.takes(tokens, ids.shape[1], ready) else "gather"
-
-    def ours() -> Tensor:
-        return moe(x, weights, ids, ready)
-
-    error = _error(ours(), experts, x, weights, ids)
+    calls = [partial(moe, x, weights, ids, ready) for x, weights, ids in routings]
+    error = _error(calls[0](), experts, x, weights, ids)
     if not error < TOLERANCE:
         raise RuntimeError(f"tiers {name}, {ranks} ranks, {tokens} tokens: relative error {error:.2g}, not reported")
-    parts, us = kernel_us(ours), graph_us(ours)
+    parts, us = kernel_us(calls[0]), graph_us(calls)
     slow = eager_us(lambda: stock.eager(experts)(x, weights, ids)) if tokens <= EAGER_TOKENS else None
-    nbytes = bytes_read(experts, ids)
+    nbytes = sum(bytes_read(experts, ids) for _, _, ids in routings) // len(routings)
     looked_up = _looked_up(experts, ids, kernel)
     return Row(
         name,

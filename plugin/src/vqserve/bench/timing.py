@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
 import torch
@@ -11,20 +11,23 @@ COLD = 512 << 20
 """Bytes written between two runs: more than any L2 cache holds."""
 
 
-def graph_us(call: Callable[[], object], repeats: int = 17) -> float:
-    """Median time of a call in microseconds, as a CUDA graph, nothing of its input in the L2 cache.
+def graph_us(calls: Sequence[Callable[[], object]], repeats: int = 17) -> float:
+    """Median time of a call in microseconds, calls one after the other in a CUDA graph as layers of a model are.
 
     Args:
-        call: What to time; must not wait for the device.
+        calls: What to time; must not wait for the device. Each should read what the others do not, so that the L2
+            cache has nothing of it.
         repeats: Runs that the median is taken of.
     """
     for _ in range(2):  # compiles, allocates
-        call()
+        for call in calls:
+            call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call()
-    return _median_us(graph.replay, repeats)
+        for call in calls:
+            call()
+    return _median_us(graph.replay, repeats) / len(calls)
 
 
 def eager_us(call: Callable[[], object], repeats: int = 5) -> float:
@@ -60,10 +63,10 @@ def kernel_us(call: Callable[[], object], repeats: int = 5) -> dict[str, float]:
 
 
 def copy_bandwidth() -> float:
-    """Bytes per second, read and written ones added, of torch's copy of 1 GiB."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    """Bytes per second, read and written ones added, of torch's copy of 1 GiB: by a kernel, not a copy engine."""
+    source = torch.zeros(1 << 28, dtype=torch.float32, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.nbytes / graph_us(lambda: target.copy_(source)) * 1e6
+    return 2 * source.nbytes / graph_us([lambda: torch.neg(source, out=target)] * 4) * 1e6
 
 
 def shared_bandwidth() -> float:
