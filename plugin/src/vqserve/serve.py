@@ -159,7 +159,7 @@ def _check_on_cpu(ranks: int) -> None:
     cores, space = len(os.sched_getaffinity(0)), os.environ.get(KV_CACHE)
     if ranks > cores:
         raise UsageError(f"--tensor-parallel-size {ranks}: {cores} CPU cores for that many ranks; use at most {cores}")
-    if space is not None and re.fullmatch("[0-9]{1,6}", space) is None:
+    if space is not None and re.fullmatch("[0-9]{1,9}", space) is None:
         raise UsageError(f"{KV_CACHE}={space}: expected a whole number of GiB; set it to one, or unset it")
 
 
