@@ -97,7 +97,7 @@ def _counts() -> Iterator[tuple[ModuleType, int]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("kernel", "tokens"), _counts(), ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize(("kernel", "tokens"), list(_counts()), ids=lambda value: getattr(value, "__name__", value))
 @pytest.mark.parametrize(("hidden", "width"), SHAPES)
 @pytest.mark.parametrize("letters", [case[0] for case in _cases()], ids=[case[1] for case in _cases()])
 def test_it_computes_what_the_reference_computes(
