@@ -118,8 +118,8 @@ class Lookup:
     """Rounds blocks to scaled codewords and keeps the codes.
 
     Attributes:
-        base: Chosen rows of the base codebook, int64 `[B, R, C/d]`, in the original order of columns.
-        refinement: Chosen rows of the refinement codebook, like `base`; None for a tier without one.
+        codes: Chosen rows of the codebook's base, int64 `[B, R, C/d]`, in the original order of columns.
+        refinement: Chosen rows of its refinement, like `codes`; None for a tier without one.
 
     Args:
         codebook: Of the tier.
@@ -145,9 +145,9 @@ class Lookup:
         scale = self._scales.gather(2, (columns[:, :1, None] // GROUP).expand(-1, rows, 1))
         place = (columns[:, :1, None] // d).expand(-1, rows, 1)
         wanted = target / torch.where(scale == 0, 1, scale)
-        base, refinement = choose(wanted, self._gram[:, block], self._rows, self._extra)
-        self.codes.scatter_(2, place, base[..., None])
-        value = self._rows[base]
+        codes, refinement = choose(wanted, self._gram[:, block], self._rows, self._extra)
+        self.codes.scatter_(2, place, codes[..., None])
+        value = self._rows[codes]
         if self.refinement is not None and refinement is not None and self._extra is not None:
             self.refinement.scatter_(2, place, refinement[..., None])
             value = value + self._extra[refinement]
@@ -172,12 +172,12 @@ def choose(wanted: Tensor, gram: Tensor, rows: Tensor, extra: Tensor | None) -> 
     cross = 2 * extra_gram @ rows.mT  # [B, 16, 256]
     step = max(1, _JOINT_SCORES[wanted.device.type] // (len(wanted) * cross[0].numel()))
     # min over i of (s_i + min over j of (t_j + x_ij)) takes one broadcast sum instead of a product with 4096 codewords.
-    base = torch.cat(
+    chosen = torch.cat(
         [
             (scores + (others[..., None] + cross[:, None]).amin(2)).argmin(-1)
             for scores, others in zip(base_score.split(step, 1), extra_score.split(step, 1), strict=True)
         ],
         dim=1,
     )
-    given = cross.mT.gather(1, base[..., None].expand(-1, -1, len(extra)))
-    return base, (extra_score + given).argmin(-1)
+    given = cross.mT.gather(1, chosen[..., None].expand(-1, -1, len(extra)))
+    return chosen, (extra_score + given).argmin(-1)

@@ -48,8 +48,8 @@ def dequantize(
         proj: gate_proj, up_proj or down_proj; decides the layout.
         dtype: What the fp32 values are rounded to.
     """
-    base, refinement = unpack(planes, codebook.tier, proj)
-    rows = base if refinement is None else 16 * base + refinement
+    codes, refinement = unpack(planes, codebook.tier, proj)
+    rows = codes if refinement is None else 16 * codes + refinement
     words = codebook.table()[rows].view(len(rows), -1, GROUP)  # [R, C/128, 128]
     scales = unpack_scales(planes["scales"], proj).float()
     return (words * scales[:, :, None]).flatten(1).to(dtype)

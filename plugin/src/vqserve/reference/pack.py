@@ -14,12 +14,12 @@ from torch import Tensor
 from vqserve.format.tiers import GROUP, Tier
 
 
-def pack(base: Tensor, refinement: Tensor | None, tier: Tier, proj: str) -> dict[str, Tensor]:
+def pack(codes: Tensor, refinement: Tensor | None, tier: Tier, proj: str) -> dict[str, Tensor]:
     """Packs the codes of one projection.
 
     Args:
-        base: Integer [R, C/d], values 0..255.
-        refinement: Integer [R, C/d], values 0..15; None for a tier without refinement.
+        codes: Integer [R, C/d], values 0..255: rows of the codebook's base.
+        refinement: Integer [R, C/d], values 0..15: rows of its refinement; None for a tier without refinement.
         tier: The tier they are codes of.
         proj: gate_proj, up_proj or down_proj; decides the layout.
 
@@ -29,11 +29,11 @@ def pack(base: Tensor, refinement: Tensor | None, tier: Tier, proj: str) -> dict
     Raises:
         ValueError: A code is out of range, or there is a refinement too many or too few.
     """
-    _check_codes(base, tier.base_rows, "base")
+    _check_codes(codes, tier.base_rows, "base")
     if (refinement is not None) != bool(tier.refinement_rows):
         raise ValueError(f"tier {tier.id}: {'expected' if tier.refinement_rows else 'takes no'} refinement codes")
     per_group = GROUP // tier.d
-    planes = {"codes": _to_stored(base.to(torch.uint8), per_group, proj)}
+    planes = {"codes": _to_stored(codes.to(torch.uint8), per_group, proj)}
     if refinement is not None:
         _check_codes(refinement, tier.refinement_rows, "refinement")
         nibbles = refinement.to(torch.uint8)
@@ -42,12 +42,12 @@ def pack(base: Tensor, refinement: Tensor | None, tier: Tier, proj: str) -> dict
 
 
 def unpack(planes: Mapping[str, Tensor], tier: Tier, proj: str) -> tuple[Tensor, Tensor | None]:
-    """Inverse of `pack`: base and refinement codes, int64 [R, C/d]; the latter None for a tier without refinement."""
-    base = _from_stored(planes["codes"], proj).long()
+    """Inverse of `pack`: codes and refinement codes, int64 [R, C/d]; the latter None for a tier without refinement."""
+    codes = _from_stored(planes["codes"], proj).long()
     if not tier.refinement_rows:
-        return base, None
+        return codes, None
     pairs = _from_stored(planes["refinement"], proj).long()
-    return base, torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(1)
+    return codes, torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(1)
 
 
 def pack_scales(scales: Tensor, proj: str) -> Tensor:

@@ -50,9 +50,9 @@ def kernel_order(planes: Mapping[str, Tensor], tier: Tier, proj: str) -> dict[st
     Returns:
         The same planes, flat, each with as many elements as before.
     """
-    base, refinement = unpack(planes, tier, proj)
+    codes, refinement = unpack(planes, tier, proj)
     ordered = {"scales": unpack_scales(planes["scales"], proj).t().flatten()}
-    ordered["codes"] = torch.cat([strip.transpose(2, 3).flatten() for strip in _per_lane(base)])
+    ordered["codes"] = torch.cat([strip.transpose(2, 3).flatten() for strip in _per_lane(codes)])
     if refinement is not None:
         quads = [strip.unflatten(-1, (2, 2, 4)) for strip in _per_lane(refinement)]
         ordered["refinement"] = torch.cat([(q[..., 0, :] | q[..., 1, :] << 4).flatten() for q in quads])
