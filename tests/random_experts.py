@@ -14,7 +14,6 @@ from vqserve.format.flat import flat_layout
 from vqserve.format.geometry import Geometry
 from vqserve.format.layout import plane_shape
 from vqserve.format.tiers import TIERS, Tier
-from vqserve.kernels.experts import KernelExperts
 from vqserve.reference.dequantize import Codebook
 from vqserve.reference.moe import Experts
 
@@ -63,9 +62,3 @@ def random_experts(seed: int, experts: Sequence[int] | None = None, tp_size: int
             for part, target in mine.planes(local, proj).items():
                 target.copy_(whole[expert][proj][part].chunk(tp_size)[tp_rank])
     return mine
-
-
-def in_kernel_order(experts: Experts) -> KernelExperts:
-    """A copy that the kernels take."""
-    copies = {name: buffer.clone() for name, buffer in experts.buffers.items()}
-    return KernelExperts.take(Experts(experts.layout, copies, experts.codebooks))

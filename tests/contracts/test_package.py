@@ -20,6 +20,6 @@ def test_the_wheel_holds_all_sources_and_data(tmp_path: Path) -> None:
     sources = {
         str(path.relative_to(PLUGIN / "src"))
         for path in (PLUGIN / "src" / "vqserve").rglob("*")
-        if path.is_file() and path.suffix in (".py", ".cu", ".json", ".typed")
+        if path.is_file() and path.suffix in (".py", ".cu", ".cuh", ".json", ".typed")
     }
     assert sources - held == set()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from random_experts import in_kernel_order, random_codebook, random_planes
+from random_experts import random_codebook, random_planes
 from random_parent import CONFIG
 from vqserve.format.config import PROJECTIONS, VQModule
 from vqserve.format.flat import flat_layout
@@ -112,7 +112,7 @@ def test_it_computes_what_the_reference_computes(
     experts = _experts(seed, hidden, width, letters or _mixed(seed, 8))
     routed = _routed(seed, tokens, hidden, 8, 3, dtype)
     expected = reference_moe(routed[0].float(), *routed[1:], experts)
-    assert _error(_run(kernel, routed, in_kernel_order(experts)), expected) < 2e-3
+    assert _error(_run(kernel, routed, KernelExperts.of(experts)), expected) < 2e-3
 
 
 @pytest.mark.parametrize(("kernel", "share"), [(lut, 0.01), (gather, 0.25)], ids=["lut", "gather"])
@@ -120,7 +120,7 @@ def test_what_precedes_rounding_is_closer_than_half_precision(kernel: ModuleType
     experts = _experts(seed, 1024, 512, _mixed(seed, 8))
     routed = _routed(seed, 3, 1024, 8, 8, torch.bfloat16)
     expected = reference_moe(routed[0].float(), *routed[1:], experts).bfloat16()
-    differ = (_run(kernel, routed, in_kernel_order(experts)) != expected).float().mean()
+    differ = (_run(kernel, routed, KernelExperts.of(experts)) != expected).float().mean()
     assert differ < share, "most values round alike"
 
 
@@ -133,7 +133,7 @@ def test_experts_that_are_skipped_or_elsewhere_add_nothing(kernel: ModuleType, s
     expert_map = torch.tensor([3, -1, 0, -1, 7, 1, -1, 2], dtype=torch.int32, device="cuda")
     for mapped in (None, expert_map):
         expected = reference_moe(x.float(), weights, ids, experts, mapped)
-        found = _run(kernel, (x, weights, ids), in_kernel_order(experts), mapped)
+        found = _run(kernel, (x, weights, ids), KernelExperts.of(experts), mapped)
         assert (found[1] == 0).all()
         assert _error(found, expected) < 2e-3
 
@@ -146,19 +146,19 @@ def test_ids_may_be_64_bits_wide_and_all_tokens_may_choose_one_expert(
     x, weights, ids = _routed(seed, tokens, 384, 8, 1, torch.float16)
     ids[:] = 5
     expected = reference_moe(x.float(), weights, ids, experts)
-    assert _error(_run(kernel, (x, weights, ids.long()), in_kernel_order(experts)), expected) < 2e-3
+    assert _error(_run(kernel, (x, weights, ids.long()), KernelExperts.of(experts)), expected) < 2e-3
 
 
 @pytest.mark.parametrize(("kernel", "tokens"), [(lut, 1), (lut, 8), (gather, 1), (gather, 200)])
 def test_a_hundred_runs_give_the_same_bits(kernel: ModuleType, tokens: int, seed: int) -> None:
-    experts = in_kernel_order(_experts(seed, 6144, 1024, _mixed(seed, 16)))
+    experts = KernelExperts.of(_experts(seed, 6144, 1024, _mixed(seed, 16)))
     routed = _routed(seed, tokens, 6144, 16, 8, torch.bfloat16)
     first = _run(kernel, routed, experts)
     assert all(torch.equal(_run(kernel, routed, experts), first) for _ in range(100))
 
 
 def test_a_small_workspace_gives_the_same_bits(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    experts = in_kernel_order(_experts(seed, 640, 256, _mixed(seed, 8)))
+    experts = KernelExperts.of(_experts(seed, 640, 256, _mixed(seed, 8)))
     routed = _routed(seed, 20, 640, 8, 4, torch.float16)
     whole = _run(gather, routed, experts)
     monkeypatch.setattr(gather, "WORKSPACE", 1)
@@ -181,7 +181,7 @@ def test_the_sort_in_one_block_is_torchs(seed: int) -> None:
 @pytest.mark.parametrize(("kernel", "tokens"), [(lut, 1), (gather, 12), (gather, 600)])
 def test_a_call_in_a_graph_reads_the_ids_of_the_replay(kernel: ModuleType, tokens: int, seed: int) -> None:
     experts = _experts(seed, 1024, 512, _mixed(seed, 8))
-    ready = in_kernel_order(experts)
+    ready = KernelExperts.of(experts)
     x, weights, ids = _routed(seed, tokens, 1024, 8, 3, torch.float16)
     _run(kernel, (x, weights, ids), ready)
     graph = torch.cuda.CUDAGraph()
@@ -200,7 +200,7 @@ def test_a_call_in_a_graph_reads_the_ids_of_the_replay(kernel: ModuleType, token
 
 @KERNELS
 def test_a_token_that_is_not_finite_spoils_itself_alone_and_once(kernel: ModuleType, seed: int) -> None:
-    experts = in_kernel_order(_experts(seed, 384, 256, _mixed(seed, 8)))
+    experts = KernelExperts.of(_experts(seed, 384, 256, _mixed(seed, 8)))
     x, weights, ids = _routed(seed, 3, 384, 8, 3, torch.bfloat16)
     clean = _run(kernel, (x, weights, ids), experts)
     for value in (float("nan"), float("inf"), 1e30):

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from random_experts import GEOMETRY, in_kernel_order, random_experts
+from random_experts import GEOMETRY, random_experts
+from vqserve.kernels.experts import KernelExperts
 from vqserve.kernels.moe import moe
 from vqserve.kernels.vq_gemm import triton as kernel
 from vqserve.reference.dequantize import Codebook
@@ -51,7 +52,7 @@ def _error(found: Tensor, expected: Tensor) -> float:
 
 def _run(routed: tuple[Tensor, ...], experts: Experts, expert_map: Tensor | None = None) -> Tensor:
     x, weights, ids = routed
-    return kernel.moe(x, weights, ids, in_kernel_order(experts), expert_map)
+    return kernel.moe(x, weights, ids, KernelExperts.of(experts), expert_map)
 
 
 @pytest.mark.parametrize("dtype", LIMIT, ids=str)
@@ -123,7 +124,7 @@ def test_any_codes_tokens_and_choices_give_the_references_sum(
     generator = torch.Generator().manual_seed(seed)
     ids = torch.where(torch.rand(ids.shape, generator=generator).to(DEVICE) < 0.2, -1, ids)
     routed = (x, weights, ids.long() if long else ids)
-    out = moe(*routed, in_kernel_order(experts))
+    out = moe(*routed, KernelExperts.of(experts))
     expected = reference_moe(x.float(), *routed[1:], experts)
     assert out.shape == x.shape
     assert float((out.float() - expected).norm()) <= 1.2 * LIMIT[dtype] * float(expected.norm())
@@ -133,7 +134,7 @@ def test_any_codes_tokens_and_choices_give_the_references_sum(
 @pytest.mark.parametrize("tokens", [8, 9, 200])
 def test_a_captured_graph_follows_new_input(tokens: int, seed: int) -> None:
     experts, routed = _experts(seed), _routed(seed, tokens, torch.bfloat16)
-    taken = in_kernel_order(experts)
+    taken = KernelExperts.of(experts)
     moe(*routed, taken)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

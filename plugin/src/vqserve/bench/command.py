@@ -132,10 +132,8 @@ def _model(args: argparse.Namespace) -> int:
     runs = {"vqserve": run_engine(ours, **asked)}
     if args.stock:
         runs["stock 4 bit"] = run_engine(stock_config(config, args.layers, args.rank_of, STOCK_EXPERTS), **asked)
-    copy = copy_bandwidth()
-    bits = sum(share * TIERS[letter].effective_bits for letter, share in SEED_MIX.items())
     found = {"machine": machine(), "layers": args.layers, "rank of": args.rank_of, "tp": args.tp, "runs": runs}
-    found["floors"] = {name: us / args.tp for name, us in floors(ours, bits, copy).items()}
+    found["floors"] = floors(ours, args.tp, copy_bandwidth())
     _print_model(found)
     if args.json:
         write_json(args.json, found)

@@ -92,41 +92,37 @@ def _per_token(engine: Any, batch: int, context: int) -> float:
 
 def _generate(engine: Any, batch: int, context: int, tokens: int) -> float:
     """Median seconds to answer `batch` random prompts."""
-    from vllm import SamplingParams
-
     vocabulary = engine.llm_engine.model_config.get_vocab_size()
-    rng = random.Random(0)
-    parameters = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-    times = []
+    rng, times = random.Random(0), []
     for _ in range(REPEATS + 1):  # the first one warms up
-        prompts = [{"prompt_token_ids": [rng.randrange(vocabulary) for _ in range(context)]} for _ in range(batch)]
+        prompts = [[rng.randrange(vocabulary) for _ in range(context)] for _ in range(batch)]
         begin = time.perf_counter()
-        engine.generate(prompts, parameters, use_tqdm=False)
+        _answer(engine, prompts, tokens)
         times.append(time.perf_counter() - begin)
     return float(median(times[1:]))
 
 
+def _answer(engine: Any, prompts: Sequence[Sequence[int]], tokens: int) -> None:
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False)
+
+
 def _profile(engine: Any, context: int) -> dict[str, list[float]]:
     """Per kernel of the first rank: calls and microseconds per decoded step of a single stream."""
-    engine.collective_rpc(_start_profile)
-    _generate_once(engine, context, PROFILED_STEPS + 1)
-    long = engine.collective_rpc(_stop_profile)[0]
-    engine.collective_rpc(_start_profile)
-    _generate_once(engine, context, 1)
-    short = engine.collective_rpc(_stop_profile)[0]
+    totals = []
+    for tokens in (PROFILED_STEPS + 1, 1):
+        engine.collective_rpc(_start_profile)
+        _answer(engine, [[1] * context], tokens)
+        totals.append(engine.collective_rpc(_stop_profile)[0])
+    long, short = totals
     nothing = [0.0, 0.0]
     steps = {
         name: [(all_ - prefill) / PROFILED_STEPS for all_, prefill in zip(found, short.get(name, nothing), strict=True)]
         for name, found in long.items()
     }
     return {name: found for name, found in steps.items() if found[1] > 0}
-
-
-def _generate_once(engine: Any, context: int, tokens: int) -> None:
-    from vllm import SamplingParams
-
-    parameters = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-    engine.generate([{"prompt_token_ids": [1] * context}], parameters, use_tqdm=False)
 
 
 def _start_profile(worker: Any) -> None:

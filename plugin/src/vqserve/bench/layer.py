@@ -13,7 +13,6 @@ from vqserve.format.config import QuantConfig
 from vqserve.format.flat import flat_layout
 from vqserve.format.geometry import Geometry
 from vqserve.format.tiers import Tier
-from vqserve.kernels.experts import KernelExperts
 from vqserve.reference.dequantize import Codebook
 from vqserve.reference.moe import Experts
 
@@ -36,12 +35,6 @@ def random_layer(config: Mapping[str, Any], mix: Mapping[str, float], ranks: int
         for name, size in layout.sizes.items()
     }
     return Experts(layout, buffers, {tier.id: _codebook(tier, generator) for tier in module.used_tiers()})
-
-
-def in_kernel_order(experts: Experts) -> KernelExperts:
-    """A copy that the kernels take."""
-    copies = {name: buffer.clone() for name, buffer in experts.buffers.items()}
-    return KernelExperts.take(Experts(experts.layout, copies, experts.codebooks))
 
 
 def random_routing(tokens: int, hidden: int, experts: int, top_k: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:

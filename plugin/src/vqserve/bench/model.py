@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 from vqserve.bench.engine import Request
 from vqserve.checkpoint.assume import assumed
 from vqserve.format.errors import UsageError
+from vqserve.format.memory import memory
 
 ENGINE_SECONDS = 1800
 GROUPS = {
@@ -123,29 +125,20 @@ def grouped(kernels: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
     return groups
 
 
-def floors(config: Mapping[str, Any], mix_bits: float, copy: float) -> dict[str, float]:
-    """Microseconds that each group's weights take to be read once at `copy` bytes per second, one token.
+def floors(config: Mapping[str, Any], ranks: int, copy: float) -> dict[str, float]:
+    """Microseconds that each group's weights take to be read once at `copy` bytes per second, one token, one rank.
 
     Args:
-        config: As served: one rank's share of everything.
-        mix_bits: Bits per weight of the routed experts, scales included.
+        config: As served.
+        ranks: Tensor-parallel ranks that serve it.
         copy: Bytes per second.
     """
-    hidden, layers, dense = config["hidden_size"], config["num_hidden_layers"], config["first_k_dense_replace"]
-    heads, latent, query = config["num_attention_heads"], config["kv_lora_rank"], config["q_lora_rank"]
-    nope, rope, value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
-    moe = layers - dense
-    routed = moe * config["num_experts_per_tok"] * 3 * config["moe_intermediate_size"] * hidden
-    linears = layers * (
-        hidden * (query + latent + rope) + query * heads * (nope + rope) + heads * value * hidden
-    ) + 3 * hidden * (
-        moe * config["n_shared_experts"] * config["moe_intermediate_size"] + dense * config["intermediate_size"]
-    )
-    plain = layers * latent * heads * (nope + value) + moe * config["n_routed_experts"] * hidden
-    plain += config["vocab_size"] * hidden
-    per_us = copy / 1e6
-    return {
-        "experts": routed * mix_bits / 8 / per_us,
-        "4-bit linears": linears * (4 + 16 / 128) / 8 / per_us,
-        "bf16 products": plain * 2 / per_us,
+    weights = memory(config, ranks=ranks).weights
+    held = Counter(weights.split) + Counter(weights.whole)
+    share = config["num_experts_per_tok"] / config["n_routed_experts"]
+    nbytes = {
+        "experts": share * sum(held[f"experts: {plane}"] for plane in ("codes", "refinement", "scales")),
+        "4-bit linears": held["spine: 4 bit"],
+        "bf16 products": held["kv_b_proj"] + held["router"] + held["lm_head"],
     }
+    return {group: size / copy * 1e6 for group, size in nbytes.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,8 +43,9 @@ class KernelExperts:
         return self.buffers[:3], self.buffers[3:]
 
     @classmethod
-    def take(cls, experts: Experts) -> KernelExperts:
-        """Brings the experts into the kernels' order where they lie; they must not be read as `Experts` afterwards."""
+    def of(cls, experts: Experts) -> KernelExperts:
+        """A copy of experts in the checkpoint's order."""
+        experts = replace(experts, buffers={name: buffer.clone() for name, buffer in experts.buffers.items()})
         repack(experts)
         device = experts.buffers[BUFFERS[0]].device
         down = experts.layout.slots[0]["down_proj"]

@@ -1,8 +1,9 @@
 """CUDA C++ compiled at load time by NVRTC, which CUDA's wheels bring: no toolkit, no nvcc, one cubin per chip.
 
-A source is one `.cu` file of the package without includes. Its cubin is kept in `$XDG_CACHE_HOME/vqserve/kernels`
-(default `~/.cache`) under the hash of all that it depends on: source, options, NVRTC's version. Compiling needs no GPU;
-loading and launching take torch's current device and stream, and never synchronize.
+A source is one `.cu` file of the package and what all share, `device.cuh`. Its cubin is kept in
+`$XDG_CACHE_HOME/vqserve/kernels` (default `~/.cache`) under the hash of all that it depends on: both files, options,
+NVRTC's version. Compiling needs no GPU; loading and launching take torch's current device and stream, and never
+synchronize.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ Argument: TypeAlias = "Tensor | ctypes._SimpleCData[Any] | None"
 
 OPTIONS = ("--std=c++17", "--device-as-default-execution-space")
 
+_SHARED = "device.cuh"
+
 
 def arch_of(capability: tuple[int, int]) -> str:
     """The target for a compute capability; from 9.0 on with the instructions of that chip alone (`a`)."""
@@ -49,10 +52,10 @@ def compile_source(package: str, name: str, arch: str, defines: Sequence[str] = 
             written.
     """
     nvrtc = _nvrtc()
-    source = resources.files(package).joinpath(name).read_bytes()
+    source, shared = resources.files(package).joinpath(name).read_bytes(), _shared()
     options = [*OPTIONS, f"--gpu-architecture={arch}", *(f"--define-macro={define}" for define in defines)]
     version = _checked(nvrtc.nvrtcVersion(), "its version")
-    key = hashlib.sha256(b"\0".join([source, repr((options, version)).encode()])).hexdigest()
+    key = hashlib.sha256(b"\0".join([source, shared, repr((options, version)).encode()])).hexdigest()
     path = _cache_folder() / f"{Path(name).stem}-{arch}-{key}.cubin"
     if path.is_file():
         return path.read_bytes()
@@ -80,13 +83,17 @@ def _nvrtc() -> Any:
     return nvrtc
 
 
+def _shared() -> bytes:
+    return resources.files("vqserve.kernels").joinpath(_SHARED).read_bytes()
+
+
 def _cache_folder() -> Path:
     home = os.environ.get("XDG_CACHE_HOME")
     return (Path(home) if home else Path.home() / ".cache") / "vqserve" / "kernels"
 
 
 def _compile(nvrtc: Any, source: bytes, name: str, options: Sequence[str]) -> bytes:
-    program = _checked(nvrtc.nvrtcCreateProgram(source, name.encode(), 0, [], []), name)
+    program = _checked(nvrtc.nvrtcCreateProgram(source, name.encode(), 1, [_shared()], [_SHARED.encode()]), name)
     try:
         result = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])[0]
         if int(result):

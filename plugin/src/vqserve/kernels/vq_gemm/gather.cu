@@ -15,11 +15,7 @@
 //
 // Kernels: `group` (up to 1024 pairs), `to_half`, `gate_up`, `down`, `combine`. TOKENS is defined per compilation.
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef long long i64;
+#include "device.cuh"
 
 #ifndef TOKENS
 #define TOKENS 8
@@ -36,26 +32,6 @@ typedef long long i64;
 #define BLOCKS (TOKENS == 8 ? 4 : 3)
 #endif
 
-// Tiers a, b, c, d. Codebooks lie behind each other in this order, each base before its refinement.
-__device__ __constant__ const int CODEBOOK[4] = {0, 2048, 4224, 5248};
-
-__device__ __forceinline__ void wait_for_inputs() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void let_next_start() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ float half_to_float(u16 bits) {
-    float value;
-    asm("{.reg .f16 h; mov.b16 h, %1; cvt.f32.f16 %0, h;}" : "=f"(value) : "h"(bits));
-    return value;
-}
-
 __device__ __forceinline__ u16 float_to_half(float value) {
     u16 bits;
     asm("{.reg .f16 h; cvt.rn.f16.f32 h, %1; mov.b16 %0, h;}" : "=h"(bits) : "f"(value));
@@ -71,12 +47,6 @@ __device__ __forceinline__ u32 add_halves(u32 a, u32 b) {
 __device__ __forceinline__ u32 load_stream(const u8* from) {
     u32 v;
     asm volatile("ld.global.nc.L1::no_allocate.L2::128B.u32 %0, [%1];" : "=r"(v) : "l"(from));
-    return v;
-}
-
-__device__ __forceinline__ u16 load_scale(const u16* from) {
-    u16 v;
-    asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=h"(v) : "l"(from));
     return v;
 }
 
@@ -97,11 +67,6 @@ __device__ __forceinline__ float down_factor(float most) {
     const u32 exponent = max(__float_as_uint(most) >> 23 & 255, 11);
     return __uint_as_float((exponent - 10) << 23);
 }
-
-struct Planes {
-    const u8 *codes, *refinements;
-    const u16* scales;
-};
 
 // Blocks of pairs, as `group` or the host's sort makes them.
 struct Groups {
@@ -485,12 +450,6 @@ down(const u8* codes, const u8* refinements, const u16* scales, const int4* wher
     let_next_start();
 }
 
-// The local number of the expert that a router chose, -1 if there is none here.
-__device__ __forceinline__ int local_expert(const void* ids, int ids64, const int* map, int at) {
-    const int expert = ids64 ? (int)((const i64*)ids)[at] : ((const int*)ids)[at];
-    return map != nullptr && expert >= 0 ? map[expert] : expert;
-}
-
 // One block: sorts up to 1024 pairs by expert, those of an expert in their order, and cuts them into blocks.
 extern "C" __global__ void __launch_bounds__(1024)
 group(const void* ids, int ids64, const int* map, int pairs, int number, int blocks, int* order, int* experts,
@@ -534,11 +493,6 @@ group(const void* ids, int ids64, const int* map, int pairs, int number, int blo
         }
     }
     let_next_start();
-}
-
-__device__ __forceinline__ float input(const void* x, i64 at, int bf16) {
-    const u16 bits = ((const u16*)x)[at];
-    return bf16 ? __uint_as_float((u32)bits << 16) : half_to_float(bits);
 }
 
 // A block per token: y * factors[token] = x, y in fp16.

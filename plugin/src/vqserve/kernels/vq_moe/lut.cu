@@ -16,11 +16,7 @@
 // a group into columns (one table each), a column into rows. `plan` picks the rows per block that make the longest
 // block shortest. Nothing is read back by the host.
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef long long i64;
+#include "device.cuh"
 
 #define THREADS 512
 #define WARPS 16
@@ -32,8 +28,6 @@ typedef long long i64;
 // Two blocks fit on a Hopper multiprocessor; elsewhere shared memory has room for one, which may use more registers.
 #define BLOCKS (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200 ? 2 : 1)
 
-// Tiers a, b, c, d. Codebooks lie behind each other in this order, each base before its refinement.
-__device__ __constant__ const int CODEBOOK[4] = {0, 2048, 4224, 5248};
 // Cost of 32 rows of a table: bytes / 128, scales included.
 #define COST(tier) ((0x19111a12 >> 8 * (tier)) & 255)
 
@@ -51,35 +45,6 @@ struct Job {
     int row[32];             // accumulator row of its first row
 };
 
-// Six buffers' half: of gate and up, or of down.
-struct Planes {
-    const u8 *codes, *refinements;
-    const u16* scales;
-};
-
-// Chips before Hopper run kernels strictly one after the other.
-__device__ __forceinline__ void wait_for_inputs() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void let_next_start() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ float half_to_float(u16 bits) {
-    float value;
-    asm("{.reg .f16 h; mov.b16 h, %1; cvt.f32.f16 %0, h;}" : "=f"(value) : "h"(bits));
-    return value;
-}
-
-__device__ __forceinline__ float input(const void* x, i64 at, int bf16) {
-    const u16 bits = ((const u16*)x)[at];
-    return bf16 ? __uint_as_float((u32)bits << 16) : half_to_float(bits);
-}
-
 __device__ __forceinline__ uint4 load_stream(const uint4* from) {
     uint4 v;
     asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -90,12 +55,6 @@ __device__ __forceinline__ uint4 load_stream(const uint4* from) {
 __device__ __forceinline__ uint2 load_stream_8(const uint2* from) {
     uint2 v;
     asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from));
-    return v;
-}
-
-__device__ __forceinline__ u32 load_stream_2(const u16* from) {
-    u16 v;
-    asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=h"(v) : "l"(from));
     return v;
 }
 
@@ -295,7 +254,7 @@ struct Record {
         const u32 nibble = at.z * 4 + strip * rows * 32, scale = at.w * 32 + row * 32 + lane;
         const int upper = lane >> 4;
         if constexpr (D == 4) {
-            scales = load_stream_2(planes.scales + (u32)(scale + strip * rows * 32));
+            scales = load_scale(planes.scales + (u32)(scale + strip * rows * 32));
         } else {
             if (half) {  // the columns of the first phase for the lower lanes, of the second for the upper ones
                 const uint4 zero = make_uint4(0, 0, 0, 0), some = load_stream(code + row * 32);
@@ -305,11 +264,11 @@ struct Record {
                     const uint2 some = load_stream_8((const uint2*)planes.refinements + (u32)(2 * nibble + row * 32 + lane));
                     nibbles = upper ? make_uint4(0, 0, some.x, some.y) : make_uint4(some.x, some.y, 0, 0);
                 }
-                scales = load_stream_2(planes.scales + (u32)(scale + 2 * strip * rows * 32)) << 16 * upper;
+                scales = load_scale(planes.scales + (u32)(scale + 2 * strip * rows * 32)) << 16 * upper;
                 return;
             }
-            scales = load_stream_2(planes.scales + (u32)(scale + (2 * strip + upper) * rows * 32)) |
-                     load_stream_2(planes.scales + (u32)(scale + (2 * strip + 1 - upper) * rows * 32)) << 16;
+            scales = load_scale(planes.scales + (u32)(scale + (2 * strip + upper) * rows * 32)) |
+                     load_scale(planes.scales + (u32)(scale + (2 * strip + 1 - upper) * rows * 32)) << 16;
         }
         codes[0] = load_stream(code + row * 64);
         codes[1] = load_stream(code + row * 64 + 32);

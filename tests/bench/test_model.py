@@ -1,0 +1,48 @@
+"""`vqserve bench model` without a GPU: the configurations that it serves and the bytes that a token reads of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from vqserve.bench.command import real_config
+from vqserve.bench.model import floors, grouped, stock_config, vq_config
+from vqserve.checkpoint.assume import SEED_MIX
+from vqserve.format.errors import UsageError
+
+
+def test_a_token_reads_what_the_sizes_say() -> None:
+    served = vq_config(real_config(), SEED_MIX, layers=78, of_ranks=2)
+    found = floors(served, ranks=1, copy=1e6)  # so microseconds are bytes
+    hidden, width, moe_layers = 6144, 1024, 75
+    bits = 0.27 * 1.125 + 0.59 * 2.125 + 0.14 * 3.125
+    assert found["experts"] == pytest.approx(moe_layers * 8 * 3 * width * hidden * bits / 8, rel=0.01)
+    attention = hidden * (2048 + 576) + 2048 * 32 * 256 + 32 * 256 * hidden
+    linears = 78 * attention + 3 * hidden * (moe_layers * width + 3 * 6144)
+    assert found["4-bit linears"] == pytest.approx(linears * (4 + 16 / 128) / 8, rel=0.01)
+    plain = 78 * 512 * 32 * (192 + 256) + moe_layers * 256 * hidden + 77440 * hidden
+    assert found["bf16 products"] == pytest.approx(plain * 2, rel=0.01)
+
+
+def test_the_stock_model_has_the_same_layers_and_fewer_experts() -> None:
+    config = real_config()
+    ours, stock = vq_config(config, SEED_MIX, 10, 2), stock_config(config, 10, 2, experts=32)
+    differ = {key for key in ours if ours[key] != stock[key]}
+    assert differ == {"n_routed_experts", "quantization_config"}
+
+
+@pytest.mark.parametrize(("layers", "of_ranks", "said"), [(3, 1, "--layers 3"), (79, 1, "--layers 79"), (10, 3, "3")])
+def test_a_model_that_cannot_be_is_refused(layers: int, of_ranks: int, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        vq_config(real_config(), SEED_MIX, layers, of_ranks)
+
+
+def test_kernels_are_told_apart_by_what_they_are_for() -> None:
+    kernels = {"gate_up": [2.0, 5.0], "void vllm::moe::grouped_topk": [1.0, 1.0], "marlin::Marlin<1>": [1.0, 2.0]}
+    found = grouped({**kernels, "ncclDevKernel_AllReduce": [1.0, 3.0], "whatever": [1.0, 4.0]})
+    assert {name: part["us"] for name, part in found.items() if part["us"]} == {
+        "all-reduce": 3.0,
+        "router": 1.0,
+        "experts": 5.0,
+        "4-bit linears": 2.0,
+        "other": 4.0,
+    }
