@@ -1,0 +1,337 @@
+"""The chart's values, stated once: `generate.py` writes values.yaml, its schema and the README's table from this.
+
+A field's description is what people read, so it says what is chosen and what for; whatever spans several values is
+checked by the chart's templates (`templates/_checks.tpl`), which can say the remedy.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Free = dict[str, Any]
+"""An object that Kubernetes defines: the API server checks it."""
+FreeList = list[Free]
+Names = dict[str, str]
+"""Labels or annotations."""
+
+Positive = Annotated[int, Field(ge=1)]
+Seconds = Annotated[int, Field(ge=1, le=86400)]
+Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(Ki|Mi|Gi|Ti|k|M|G|T)?$")]
+PullPolicy = Literal["Always", "IfNotPresent", "Never"]
+AccessModes = Annotated[
+    list[Literal["ReadWriteOnce", "ReadOnlyMany", "ReadWriteMany", "ReadWriteOncePod"]], Field(min_length=1)
+]
+Digest = Annotated[str, Field(pattern="^(sha256:[0-9a-f]{64})?$")]
+
+
+class Section(BaseModel):
+    """Part of the values with our own keys: others are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class EngineImage(Section):
+    repository: str = Field("ghcr.io/vqserve/serve", description="With the registry, or a mirror of it.", min_length=1)
+    tag: str = Field(
+        "", description="Empty: the chart's appVersion, on GPUs with `-dense` or `-sparse` as engine.attention has it."
+    )
+    digest: Digest = Field("", description="`sha256:...`; has the last word over the tag.")
+    pullPolicy: PullPolicy = Field("IfNotPresent", description="When nodes ask the registry.")
+
+
+class OpsImage(Section):
+    repository: str = Field("ghcr.io/vqserve/ops", description="With the registry, or a mirror of it.", min_length=1)
+    tag: str = Field("", description="Empty: the chart's appVersion.")
+    digest: Digest = Field("", description="`sha256:...`; has the last word over the tag.")
+    pullPolicy: PullPolicy = Field("IfNotPresent", description="When nodes ask the registry.")
+
+
+class ModelClaim(Section):
+    claimName: str = Field("", description="An existing PersistentVolumeClaim, local volumes included.")
+    subPath: str = Field("", description="Folder of the checkpoint in the volume; empty: its root.")
+
+
+class ModelHostPath(Section):
+    path: str = Field("", description="Folder of the checkpoint, the same on every node that may run the engine.")
+
+
+class ModelOci(Section):
+    reference: str = Field("", description="An image that holds the checkpoint at its root; pin it by digest.")
+    pullPolicy: PullPolicy = Field("IfNotPresent", description="When nodes ask the registry.")
+
+
+class TokenSecret(Section):
+    name: str = Field("", description="An existing Secret; empty: the source asks for no token.")
+    key: str = Field("token", description="Its key that holds the token.")
+
+
+class DownloadVolume(Section):
+    size: Quantity = Field("250Gi", description="Of the claim that the chart makes: checkpoint and some room.")
+    storageClassName: str = Field("", description="Empty: the cluster's default.")
+    accessModes: AccessModes = Field(
+        ["ReadWriteOnce"], description="`ReadWriteMany` if several replicas are to share the volume."
+    )
+
+
+class ModelDownload(Section):
+    url: str = Field("", description="Where the checkpoint is, as `vqserve-ops stage` takes it.")
+    manifestSha256: str = Field(
+        "",
+        description="sha256 of the checkpoint's manifest, which itself holds those of all files; empty: not compared.",
+        pattern="^([0-9a-f]{64})?$",
+    )
+    tokenSecret: TokenSecret = Field(TokenSecret(), description="Token for the source.")
+    volume: DownloadVolume = Field(DownloadVolume(), description="Where the checkpoint is kept.")
+    keep: bool = Field(True, description="`helm uninstall` leaves the claim: what it holds takes long to fetch.")
+
+
+class Model(Section):
+    source: Literal["pvc", "hostPath", "oci", "download"] = Field(
+        "pvc", description="Where the checkpoint comes from; the section of that name says more, the others stay as is."
+    )
+    readOnly: bool = Field(
+        True,
+        description="With source pvc: attach the claim read-only. The engine's mount is read-only in any case; false is"
+        " for storage that cannot attach so.",
+    )
+    pvc: ModelClaim = Field(ModelClaim(), description="An existing claim.")
+    hostPath: ModelHostPath = Field(
+        ModelHostPath(), description="A folder of the node, which only PodSecurity `privileged` admits."
+    )
+    oci: ModelOci = Field(ModelOci(), description="An OCI image as a volume (Kubernetes 1.31, feature ImageVolume).")
+    download: ModelDownload = Field(
+        ModelDownload(), description="A Job fetches the checkpoint into a claim; it resumes, and checks sha256 and room."
+    )
+
+
+class Engine(Section):
+    device: Literal["cuda", "cpu"] = Field("cuda", description="`cpu` serves small models, for trials.")
+    servedModelName: str = Field("glm-5.2", description="What requests call the model.", min_length=1)
+    maxModelLen: Positive = Field(
+        4096, description="Context in tokens, prompt and answer together. Dense attention is validated up to 4096."
+    )
+    gpus: int = Field(2, description="GPUs of one node for each replica; 0 on CPUs.", ge=0, le=16)
+    tensorParallelSize: Positive | None = Field(None, description="Ranks; null: one for each GPU.")
+    expertParallel: bool = Field(False, description="Ranks hold whole experts instead of a part of each.")
+    attention: Literal["auto", "dense", "sparse"] = Field("auto", description="`auto` means dense.")
+    gpuMemoryUtilization: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="Share of each GPU's memory that vLLM may take; null: vLLM's default."
+    )
+    pcie: Literal["default", "noP2P"] = Field(
+        "default",
+        description="`noP2P` if two GPUs hang in the first all-reduce: NCCL_P2P_DISABLE=1 and no custom all-reduce.",
+    )
+    env: FreeList = Field([], description="More variables of the engine's container, as Kubernetes takes them.")
+    extraArgs: list[str] = Field([], description="More options of vLLM's server, which follow `--` and win.")
+    warmUpSeconds: Seconds = Field(600, description="How long the known answers may take before `/ready` gives up.")
+
+
+class Dra(Section):
+    enabled: bool = Field(False, description="Claim GPUs by dynamic resource allocation, not as `nvidia.com/gpu`.")
+    deviceClassName: str = Field("gpu.nvidia.com", description="The driver's device class.")
+    selectors: FreeList = Field([], description="Selectors (CEL) of the claim's request.")
+
+
+class Scheduling(Section):
+    productLabel: str = Field("nvidia.com/gpu.product", description="Label in which nodes name their GPU.")
+    products: list[str] = Field(
+        [
+            "NVIDIA-RTX-PRO-6000-Blackwell-Server-Edition",
+            "NVIDIA-RTX-PRO-6000-Blackwell-Workstation-Edition",
+            "NVIDIA-RTX-PRO-6000-Blackwell-Max-Q-Workstation-Edition",
+        ],
+        description="GPUs to run on, as that label has them; empty: any. Not looked at on CPUs.",
+    )
+    nodeSelector: Names = Field({}, description="Labels that nodes must have.")
+    affinity: Free = Field({}, description="More affinity; for a nodeAffinity of your own empty `products`.")
+    tolerations: FreeList = Field(
+        [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}], description="Of nodes' taints."
+    )
+    topologySpreadConstraints: FreeList = Field([], description="How replicas spread; GPUs spread them by themselves.")
+    priorityClassName: str = Field("", description="An existing PriorityClass.")
+    runtimeClassName: str = Field("", description="`nvidia` where that is not the nodes' default runtime.")
+    dra: Dra = Field(Dra(), description="Dynamic resource allocation (resource.k8s.io/v1, Kubernetes 1.34).")
+
+
+class Shm(Section):
+    size: Quantity = Field("8Gi", description="Of /dev/shm, which is memory and counts as the container's.")
+
+
+class Cache(Section):
+    kind: Literal["emptyDir", "pvc"] = Field(
+        "emptyDir", description="`emptyDir` lives as long as the pod, and survives restarts of its container."
+    )
+    size: Quantity = Field("20Gi", description="Limit of the emptyDir, or size of the claim that the chart makes.")
+    existingClaim: str = Field("", description="With kind pvc: take this claim instead of making one.")
+    storageClassName: str = Field("", description="Empty: the cluster's default.")
+    accessModes: AccessModes = Field(["ReadWriteOnce"], description="Of the claim that the chart makes.")
+
+
+class StartupProbe(Section):
+    budgetSeconds: Seconds = Field(1800, description="For loading, compiling and warm-up; then the start has failed.")
+    periodSeconds: Seconds = Field(5, description="Between two questions.")
+
+
+class ReadinessProbe(Section):
+    periodSeconds: Seconds = Field(5, description="Between two questions.")
+    failureThreshold: Positive = Field(2, description="Failures in a row until no new requests come.")
+
+
+class LivenessProbe(Section):
+    path: str = Field("/health", description="What is asked.", pattern="^/")
+    periodSeconds: Seconds = Field(10, description="Between two questions.")
+    failureThreshold: Positive = Field(6, description="Failures in a row until the container is restarted.")
+    terminationGracePeriodSeconds: Seconds = Field(
+        10, description="For a container that is restarted so: waiting out a whole drain would help nobody."
+    )
+
+
+class Probes(Section):
+    timeoutSeconds: Seconds = Field(5, description="For an answer: a saturated engine is not a dead one.")
+    startup: StartupProbe = Field(StartupProbe(), description="Asks `/ready` until the first yes.")
+    readiness: ReadinessProbe = Field(ReadinessProbe(), description="Asks `/ready`.")
+    liveness: LivenessProbe = Field(LivenessProbe(), description="Whether the container has to be restarted.")
+
+
+class Service(Section):
+    type: Literal["ClusterIP", "NodePort", "LoadBalancer"] = Field("ClusterIP", description="As Kubernetes has it.")
+    port: int = Field(80, description="Of the Service; the engine's own is 8001.", ge=1, le=65535)
+    annotations: Names = Field({}, description="Of the Service.")
+
+
+class Ingress(Section):
+    enabled: bool = Field(False, description="Route /v1, and nothing else, from an ingress controller.")
+    className: str = Field("", description="Empty: the cluster's default.")
+    hosts: list[str] = Field([], description="Host names.")
+    tlsSecretName: str = Field("", description="Secret of a certificate for all hosts; empty: no TLS here.")
+    annotations: Names = Field(
+        {}, description="Added to those that switch ingress-nginx to unbuffered, patient proxying; these win."
+    )
+
+
+class Route(Section):
+    enabled: bool = Field(False, description="Route /v1, and nothing else, from a gateway (HTTPRoute).")
+    parentRefs: FreeList = Field([], description="The gateways.")
+    hostnames: list[str] = Field([], description="Host names; empty: all of the gateway's.")
+    annotations: Names = Field({}, description="Of the HTTPRoute.")
+
+
+class Auth(Section):
+    existingSecret: str = Field("", description="Secret with the API key; empty: whoever reaches the port may ask.")
+    key: str = Field("api-key", description="The Secret's key that holds it.")
+
+
+class ServiceMonitor(Section):
+    enabled: bool = Field(False, description="Have the Prometheus operator scrape `/metrics`.")
+    interval: str = Field("15s", description="Between two scrapes.", pattern="^[0-9]+(ms|s|m)$")
+    labels: Names = Field({}, description="By which a Prometheus selects its monitors.")
+
+
+class Monitoring(Section):
+    serviceMonitor: ServiceMonitor = Field(ServiceMonitor(), description="ServiceMonitor (monitoring.coreos.com).")
+
+
+class Tracing(Section):
+    endpoint: str = Field("", description="OTLP endpoint for traces, as `http://collector:4317`; empty: no traces.")
+
+
+class Hpa(Section):
+    metric: str = Field(
+        "vllm_num_requests_waiting",
+        description="What the cluster's metrics adapter calls `vllm:num_requests_waiting` of a pod.",
+    )
+
+
+class Keda(Section):
+    serverAddress: str = Field("", description="Prometheus that KEDA asks, as `http://prometheus.monitoring:9090`.")
+    authenticationRef: Free = Field({}, description="A TriggerAuthentication, if that wants to know who asks.")
+
+
+class Autoscaling(Section):
+    kind: Literal["none", "hpa", "keda"] = Field("none", description="What counts the replicas.")
+    minReplicas: Positive = Field(1, description="At least this many.")
+    maxReplicas: Positive = Field(2, description="At most this many: each takes the GPUs of a whole replica.")
+    waitingRequests: Positive = Field(8, description="Requests that may wait for each replica before one is added.")
+    hpa: Hpa = Field(Hpa(), description="HorizontalPodAutoscaler.")
+    keda: Keda = Field(Keda(), description="KEDA's ScaledObject.")
+
+
+class EndpointPicker(Section):
+    name: str = Field("", description="Service of the endpoint picker.")
+    port: int = Field(9002, description="Its port.", ge=1, le=65535)
+    failureMode: Literal["FailOpen", "FailClose"] = Field("FailOpen", description="Without the picker, any replica?")
+
+
+class InferencePool(Section):
+    enabled: bool = Field(False, description="An InferencePool of the replicas, which the HTTPRoute then goes to.")
+    endpointPicker: EndpointPicker = Field(EndpointPicker(), description="What chooses a replica; install it apart.")
+
+
+class Drain(Section):
+    waitSeconds: Seconds = Field(15, description="From `/ready` saying no to the stop: endpoints have to follow.")
+    seconds: Seconds = Field(300, description="For running requests to finish after that.")
+
+
+class NetworkPolicy(Section):
+    enabled: bool = Field(False, description="Let in requests only, and out nothing but DNS.")
+    sources: FreeList = Field([], description="Peers that may ask, Prometheus included; empty: all.")
+    egress: FreeList = Field([], description="More rules for what the engine may reach.")
+
+
+class Pdb(Section):
+    enabled: bool = Field(False, description="Keep all replicas but one while nodes are drained; takes two or more.")
+
+
+class PodSecurity(Section):
+    standard: Literal["restricted", "baseline", "privileged"] = Field(
+        "restricted", description="What the namespace enforces. Pods keep to `restricted` but for a hostPath."
+    )
+    runAsUser: int = Field(10001, description="User and group of all containers; must read the checkpoint.", ge=1)
+    fsGroup: int = Field(10001, description="Group that volumes are made writable for.", ge=1)
+    readOnlyRootFilesystem: bool = Field(
+        False, description="Also for the engine. Off, as nvidia-cdi-hook writes to it on some nodes."
+    )
+
+
+class Preflight(Section):
+    mode: Literal["warn", "refuse", "off"] = Field(
+        "warn", description="Look at the GPUs before each start, and start in spite of what is found, or not."
+    )
+
+
+class Values(Section):
+    nameOverride: str = Field("", description="Instead of the chart's name.")
+    fullnameOverride: str = Field("", description="Instead of release and chart name.")
+    replicaCount: Positive = Field(1, description="Each on GPUs of its own; leave 1 if autoscaling counts them.")
+    podLabels: Names = Field({}, description="More labels of the engine's pods.")
+    podAnnotations: Names = Field({}, description="Annotations of the engine's pods.")
+    image: EngineImage = Field(EngineImage(), description="The serving image.")
+    opsImage: OpsImage = Field(OpsImage(), description="The image of `vqserve-ops`, which downloads need.")
+    imagePullSecrets: FreeList = Field([], description="As `[{name: mirror}]`.")
+    model: Model = Field(Model(), description="The checkpoint.")
+    engine: Engine = Field(Engine(), description="What `vqserve serve` is asked for.")
+    scheduling: Scheduling = Field(Scheduling(), description="Where replicas run.")
+    resources: Free = Field(
+        {"requests": {"cpu": "4", "memory": "16Gi"}},
+        description="Of the engine's container, without the GPUs: those are engine.gpus.",
+    )
+    shm: Shm = Field(Shm(), description="Shared memory of the ranks.")
+    cache: Cache = Field(Cache(), description="What was compiled and tuned: a start without it takes minutes longer.")
+    probes: Probes = Field(Probes(), description="What the kubelet asks.")
+    service: Service = Field(Service(), description="One Service before all replicas.")
+    ingress: Ingress = Field(Ingress(), description="Requests from outside by Ingress.")
+    route: Route = Field(Route(), description="Requests from outside by Gateway API.")
+    auth: Auth = Field(Auth(), description="The API key, only ever by reference.")
+    monitoring: Monitoring = Field(Monitoring(), description="Metrics.")
+    tracing: Tracing = Field(Tracing(), description="OpenTelemetry.")
+    autoscaling: Autoscaling = Field(Autoscaling(), description="Replicas by the number of waiting requests.")
+    inferencePool: InferencePool = Field(
+        InferencePool(), description="Gateway API inference extension (inference.networking.k8s.io)."
+    )
+    drain: Drain = Field(Drain(), description="How a replica is stopped; its grace period is the sum and 30 s.")
+    networkPolicy: NetworkPolicy = Field(NetworkPolicy(), description="Who reaches the engine, and what it reaches.")
+    pdb: Pdb = Field(Pdb(), description="PodDisruptionBudget.")
+    podSecurity: PodSecurity = Field(PodSecurity(), description="Who the containers run as.")
+    preflight: Preflight = Field(Preflight(), description="`vqserve preflight`, on the GPUs that the engine will use.")

@@ -1,0 +1,2 @@
+{{- define "vqserve.checks" -}}
+{{- end -}}
