@@ -108,7 +108,7 @@ class Model(Section):
 
 class Engine(Section):
     device: Literal["cuda", "cpu"] = Field("cuda", description="`cpu` serves small models, for trials.")
-    servedModelName: str = Field("glm-5.2", description="What requests call the model.", min_length=1)
+    servedModelName: str = Field("glm-5.2", description="What requests call the model.", pattern="^[A-Za-z0-9._/:-]+$")
     maxModelLen: Positive = Field(
         4096, description="Context in tokens, prompt and answer together. Dense attention is validated up to 4096."
     )

@@ -43,7 +43,14 @@
 {{- end -}}
 
 {{- define "vqserve.engine.env" -}}
-{{- /* Every cache of compiled and tuned code. */ -}}
+{{ include "vqserve.engine.ownEnv" . }}
+{{- with .Values.engine.env }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{- /* HOME and every cache of compiled and tuned code, then what values stand for. */ -}}
+{{- define "vqserve.engine.ownEnv" -}}
 - {name: HOME, value: /cache/home}
 - {name: XDG_CACHE_HOME, value: /cache/xdg}
 - {name: VLLM_CACHE_ROOT, value: /cache/vllm}
@@ -56,9 +63,6 @@
 {{- end }}
 {{- with include "vqserve.apiKey" . }}
 {{ . }}
-{{- end }}
-{{- with .Values.engine.env }}
-{{ toYaml . }}
 {{- end }}
 {{- end -}}
 
