@@ -40,7 +40,7 @@ test: .venv/.dev .venv-kernels/.done
 	$(BIN)/pytest
 	TRITON_INTERPRET=1 .venv-kernels/bin/python -m pytest tests/kernels
 
-## lint    check style, types, import rules, change notes, YAML and shell
+## lint    check style, types, import rules, change notes, YAML, shell and the chart
 .PHONY: lint
 lint: .venv/.dev
 	$(BIN)/ruff check
@@ -49,6 +49,7 @@ lint: .venv/.dev
 	$(BIN)/mypy
 	$(BIN)/yamllint --strict .
 	$(BIN)/shellcheck .ci/run
+	for values in charts/vqserve/ci/*.yaml; do $(BIN)/helm lint --quiet --strict charts/vqserve --values "$$values"; done
 	$(BIN)/towncrier build --draft --version next >/dev/null
 
 ## format  rewrite the sources to the style that lint asks for
@@ -56,6 +57,11 @@ lint: .venv/.dev
 format: .venv/.dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+## chart   write the chart's values, their schema and table anew from charts/values.py
+.PHONY: chart
+chart: .venv/.dev
+	$(BIN)/python charts/generate.py
 
 ## lock    resolve the locks anew; UPGRADE=--upgrade takes newer versions
 .PHONY: lock

@@ -102,7 +102,8 @@ class Model(Section):
     )
     oci: ModelOci = Field(ModelOci(), description="An OCI image as a volume (Kubernetes 1.31, feature ImageVolume).")
     download: ModelDownload = Field(
-        ModelDownload(), description="A Job fetches the checkpoint into a claim; it resumes, and checks sha256 and room."
+        ModelDownload(),
+        description="A Job fetches the checkpoint into a claim; it resumes, and checks sha256 and room.",
     )
 
 

@@ -1,0 +1,191 @@
+"""What the chart renders for each of its example values, and what must hold in all of them."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from chart.helm import APIS, CHART, CI, Object, helm, objects, of_kind, pod_specs, rendered, written
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "chart"
+MINORS = ["1.32", "1.34", "1.36"]
+OTHERS_SCHEMAS = {"HTTPRoute", "InferencePool", "ScaledObject", "ServiceMonitor"}
+"""Kinds that are not Kubernetes's own; tests on a cluster have it check these."""
+
+each_example = pytest.mark.parametrize("values", CI, ids=lambda path: path.name)
+
+
+@each_example
+def test_an_example_passes_helms_strict_lint(values: Path) -> None:
+    done = helm("lint", "--strict", CHART, "--values", values)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@each_example
+def test_an_example_renders_as_reviewed(values: Path, request: pytest.FixtureRequest) -> None:
+    """After a change of the chart: `pytest tests/chart --update-golden`, and read the difference."""
+    golden = GOLDEN / values.name.replace("-values", "")
+    text = "---\n".join(_plain(item) for item in sorted(objects(rendered("--values", values)), key=_place))
+    if request.config.getoption("--update-golden"):
+        golden.write_text(f"---\n{text}", encoding="utf-8")
+    assert f"---\n{text}" == golden.read_text("utf-8")
+
+
+def test_every_golden_file_has_its_example() -> None:
+    assert {path.name for path in GOLDEN.iterdir()} == {path.name.replace("-values", "") for path in CI}
+
+
+@pytest.mark.parametrize("minor", MINORS)
+@each_example
+def test_kubernetes_schemas_take_every_object(values: Path, minor: str) -> None:
+    for item in objects(rendered("--values", values)):
+        if item["kind"] not in OTHERS_SCHEMAS and not (item["kind"] == "ResourceClaimTemplate" and minor == "1.32"):
+            kubernetes_validate.validate(item, minor, strict=True)
+
+
+@each_example
+def test_every_pod_keeps_to_pod_security_restricted(values: Path) -> None:
+    for pod in pod_specs(objects(rendered("--values", values))):
+        assert pod["automountServiceAccountToken"] is False
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["runAsUser"] == 10001
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in [*pod["containers"], *pod.get("initContainers", [])]:
+            assert container["securityContext"]["allowPrivilegeEscalation"] is False
+            assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+        kinds = {kind for volume in pod.get("volumes", []) for kind in volume if kind != "name"}
+        allowed = {"emptyDir", "image", "persistentVolumeClaim", "secret"}
+        assert kinds <= allowed | ({"hostPath"} if values.name == "hostpath-values.yaml" else set())
+
+
+@each_example
+def test_selectors_hold_nothing_that_changes_and_select_the_engines_pods(values: Path) -> None:
+    found = objects(rendered("--values", values))
+    deployment = of_kind("Deployment", found)
+    selector = deployment["spec"]["selector"]["matchLabels"]
+    expected = {f"app.kubernetes.io/{part}" for part in ("name", "instance", "component")}
+    assert set(selector) == expected
+    assert selector.items() <= deployment["spec"]["template"]["metadata"]["labels"].items()
+    assert of_kind("Service", found)["spec"]["selector"] == selector
+
+
+@each_example
+def test_a_pods_time_to_stop_covers_its_wait_and_its_requests(values: Path) -> None:
+    pod = of_kind("Deployment", objects(rendered("--values", values)))["spec"]["template"]["spec"]
+    [engine] = pod["containers"]
+    wait = engine["lifecycle"]["preStop"]["exec"]["command"][-1]
+    finish = engine["args"][engine["args"].index("--shutdown-timeout") + 1]
+    assert pod["terminationGracePeriodSeconds"] > int(wait) + int(finish)
+
+
+@each_example
+def test_nothing_but_v1_is_routed(values: Path) -> None:
+    for item in objects(rendered("--values", values)):
+        if item["kind"] == "Ingress":
+            paths = [path for rule in item["spec"]["rules"] for path in rule["http"]["paths"]]
+            assert [(path["path"], path["pathType"]) for path in paths] == [("/v1", "Prefix")]
+        if item["kind"] == "HTTPRoute":
+            [rule] = item["spec"]["rules"]
+            assert rule["matches"] == [{"path": {"type": "PathPrefix", "value": "/v1"}}]
+            assert rule["timeouts"] == {"request": "0s", "backendRequest": "0s"}
+
+
+@pytest.mark.parametrize(("budget", "period", "threshold"), [(1800, 5, 360), (601, 10, 61)])
+def test_the_startup_probe_spends_the_whole_budget(budget: int, period: int, threshold: int, tmp_path: Path) -> None:
+    startup = {"budgetSeconds": budget, "periodSeconds": period}
+    values = {"model": {"pvc": {"claimName": "glm"}}, "probes": {"startup": startup}}
+    found = objects(rendered("--values", written(values, tmp_path)))
+    [engine] = of_kind("Deployment", found)["spec"]["template"]["spec"]["containers"]
+    assert engine["startupProbe"]["failureThreshold"] == threshold
+
+
+def test_another_source_makes_another_job_and_another_chart_does_not(tmp_path: Path) -> None:
+    values = CHART / "ci" / "download-values.yaml"
+    name = of_kind("Job", objects(rendered("--values", values)))["metadata"]["name"]
+    other = rendered("--values", values, "--set", "model.download.url=hf://example/other")
+    assert of_kind("Job", objects(other))["metadata"]["name"] != name
+    chart = shutil.copytree(CHART, tmp_path / "chart")
+    about = yaml.safe_load((chart / "Chart.yaml").read_text("utf-8"))
+    (chart / "Chart.yaml").write_text(yaml.safe_dump(about | {"version": "9.9.9"}), encoding="utf-8")
+    newer = objects(rendered("--values", values, chart=chart))
+    assert of_kind("Job", newer)["metadata"]["name"] == name
+    engine = of_kind("Deployment", newer)["spec"]["template"]
+    assert engine == of_kind("Deployment", objects(rendered("--values", values)))["spec"]["template"]
+
+
+def test_the_sum_is_asked_by_the_file_that_is_linted() -> None:
+    pod = of_kind("Pod", objects(rendered("--values", CHART / "ci" / "pvc-values.yaml")))
+    [script] = pod["spec"]["containers"][0]["args"]
+    assert ast.dump(ast.parse(script)) == ast.dump(ast.parse((CHART / "files/ask_a_sum.py").read_text("utf-8")))
+
+
+def notes(tmp_path: Path, *arguments: str | Path) -> str:
+    """What `helm install` would print: the chart with one more template that holds its notes."""
+    chart = shutil.copytree(CHART, tmp_path / "chart")
+    (chart / "templates" / "notes.yaml").write_text(
+        'kind: Notes\ntext: {{ include (print .Template.BasePath "/NOTES.txt") . | toJson }}\n', encoding="utf-8"
+    )
+    text: str = of_kind("Notes", objects(rendered(*arguments, chart=chart)))["text"]
+    return text
+
+
+def test_the_notes_print_the_line_that_asks_the_model(tmp_path: Path) -> None:
+    text = notes(tmp_path, "--values", CHART / "ci" / "cpu-demo-values.yaml")
+    assert "curl http://127.0.0.1:8001/v1/chat/completions -H 'Content-Type: application/json' -d '{" in text
+    assert "port-forward service/demo-vqserve 8001:80" in text
+    assert "Authorization" not in text
+
+
+@pytest.mark.parametrize(("example", "scheme"), [("ingress", "https"), ("route", "http")])
+def test_the_notes_ask_by_the_name_that_is_routed_and_with_the_key(example: str, scheme: str, tmp_path: Path) -> None:
+    text = notes(tmp_path, "--values", CHART / "ci" / f"{example}-values.yaml")
+    assert f"curl {scheme}://llm.example.com/v1/chat/completions" in text
+    assert '-H "Authorization: Bearer $VLLM_API_KEY"' in text
+    assert "port-forward" not in text
+
+
+@pytest.mark.parametrize(
+    ("example", "says"),
+    [
+        ("pvc", "No PersistentVolumeClaim `glm-5.2-vq` was found in namespace llm (model.pvc.claimName)"),
+        ("hostpath", "No PersistentVolumeClaim `vqserve-cache` was found in namespace llm (cache.existingClaim)"),
+        ("ingress", "kubectl --namespace llm create secret generic vqserve-key --from-file api-key=FILE"),
+        ("download", "No Secret `hub-token` was found in namespace llm (model.download.tokenSecret)"),
+    ],
+)
+def test_the_notes_name_what_is_not_there(example: str, says: str, tmp_path: Path) -> None:
+    assert says in notes(tmp_path, "--values", CHART / "ci" / f"{example}-values.yaml")
+
+
+def test_the_examples_between_them_make_every_kind_of_object() -> None:
+    made = {item["kind"] for values in CI for item in objects(rendered("--values", values))}
+    texts = [path.read_text("utf-8") for path in (CHART / "templates").rglob("*.yaml")]
+    assert made == set(re.findall(r"^kind: (\w+)$", "\n".join(texts), re.MULTILINE)) - {"HorizontalPodAutoscaler"}
+    assert {api.rpartition("/")[2] for api in APIS} <= made
+
+
+def test_the_autoscaler_of_kubernetes_renders(tmp_path: Path) -> None:
+    values: dict[str, Any] = {"model": {"pvc": {"claimName": "glm"}}, "autoscaling": {"kind": "hpa"}}
+    found = objects(rendered("--values", written(values, tmp_path)))
+    scaler = of_kind("HorizontalPodAutoscaler", found)
+    kubernetes_validate.validate(scaler, MINORS[0], strict=True)
+    assert "replicas" not in of_kind("Deployment", found)["spec"]
+
+
+def _plain(item: Object) -> str:
+    """An object for people to review: without the labels that all have, tested elsewhere, and our script."""
+    item["metadata"].pop("labels", None)
+    if item["kind"] == "Pod":
+        item["spec"]["containers"][0]["args"] = ["(files/ask_a_sum.py)"]
+    return yaml.safe_dump(item, sort_keys=False, width=120, allow_unicode=True)
+
+
+def _place(item: Object) -> tuple[str, str]:
+    return item["kind"], item["metadata"]["name"]
