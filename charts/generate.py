@@ -65,6 +65,16 @@ def leaves(section: Section, prefix: str) -> Iterator[tuple[str, Any, str]]:
             yield f"{prefix}{name}", value, field.description or ""
 
 
+def dumped(value: object) -> str:
+    """YAML in the order given, and with lists indented as yamllint wants them."""
+
+    class Indented(yaml.SafeDumper):
+        def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
+            super().increase_indent(flow, False)
+
+    return yaml.dump(value, Dumper=Indented, sort_keys=False, width=_WIDTH)
+
+
 def _lines(section: BaseModel, indent: str) -> Iterator[str]:
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
@@ -75,15 +85,7 @@ def _lines(section: BaseModel, indent: str) -> Iterator[str]:
             yield f"{indent}{name}:"
             yield from _lines(value, f"{indent}  ")
         else:
-            yield from textwrap.indent(_dumped({name: value}), indent).splitlines()
-
-
-def _dumped(value: object) -> str:
-    class Indented(yaml.SafeDumper):
-        def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
-            super().increase_indent(flow, False)
-
-    return yaml.dump(value, Dumper=Indented, sort_keys=False, width=_WIDTH)
+            yield from textwrap.indent(dumped({name: value}), indent).splitlines()
 
 
 def _cell(default: object) -> str:

@@ -31,7 +31,8 @@ def vllm_options(words: list[str], checkpoint: Path) -> argparse.Namespace:
     args = parser.parse_args(words[:at], argparse.Namespace(passed=words[at + 1 :]))
     assert args.path == Path("/model")
     command = server_command(args, Geometry.from_dict(read_config(checkpoint)), cpu=None)
-    return make_arg_parser(FlexibleArgumentParser()).parse_args(command[3:])
+    options: argparse.Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args(command[3:])
+    return options
 
 
 @pytest.mark.parametrize("values", CI, ids=lambda path: path.name)

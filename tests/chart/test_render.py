@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import re
 import shutil
 from pathlib import Path
@@ -12,8 +13,10 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from chart.helm import APIS, CHART, CI, Object, helm, objects, of_kind, pod_specs, rendered, written
+import generate
+from chart.helm import APIS, CHART, CI, helm, objects, of_kind, pod_specs, rendered, written
 
+BASE = CHART / "ci" / "pvc-values.yaml"
 GOLDEN = Path(__file__).parents[1] / "golden" / "chart"
 MINORS = ["1.32", "1.34", "1.36"]
 OTHERS_SCHEMAS = {"HTTPRoute", "InferencePool", "ScaledObject", "ServiceMonitor"}
@@ -31,15 +34,34 @@ def test_an_example_passes_helms_strict_lint(values: Path) -> None:
 @each_example
 def test_an_example_renders_as_reviewed(values: Path, request: pytest.FixtureRequest) -> None:
     """After a change of the chart: `pytest tests/chart --update-golden`, and read the difference."""
-    golden = GOLDEN / values.name.replace("-values", "")
-    text = "---\n".join(_plain(item) for item in sorted(objects(rendered("--values", values)), key=_place))
+    golden = golden_of(values)
+    text = plain(values) if values == BASE else difference(plain(BASE), plain(values))
     if request.config.getoption("--update-golden"):
-        golden.write_text(f"---\n{text}", encoding="utf-8")
-    assert f"---\n{text}" == golden.read_text("utf-8")
+        golden.write_text(text, encoding="utf-8")
+    assert text == golden.read_text("utf-8")
+
+
+def golden_of(values: Path) -> Path:
+    """One example is kept in full, of the others what differs from it."""
+    return GOLDEN / values.name.replace("-values.yaml", ".yaml" if values == BASE else ".diff")
+
+
+def plain(values: Path) -> str:
+    """What is rendered, for people to review: without the labels that all have, tested elsewhere, and our script."""
+    found = sorted(objects(rendered("--values", values)), key=lambda item: (item["kind"], item["metadata"]["name"]))
+    for item in found:
+        item["metadata"].pop("labels", None)
+        if item["kind"] == "Pod":
+            item["spec"]["containers"][0]["args"] = ["(files/ask_a_sum.py)"]
+    return "".join(f"---\n{generate.dumped(item)}" for item in found)
+
+
+def difference(before: str, after: str) -> str:
+    return "\n".join(difflib.unified_diff(before.splitlines(), after.splitlines(), n=2, lineterm="")) + "\n"
 
 
 def test_every_golden_file_has_its_example() -> None:
-    assert {path.name for path in GOLDEN.iterdir()} == {path.name.replace("-values", "") for path in CI}
+    assert set(GOLDEN.iterdir()) == {golden_of(values) for values in CI}
 
 
 @pytest.mark.parametrize("minor", MINORS)
@@ -177,15 +199,3 @@ def test_the_autoscaler_of_kubernetes_renders(tmp_path: Path) -> None:
     scaler = of_kind("HorizontalPodAutoscaler", found)
     kubernetes_validate.validate(scaler, MINORS[0], strict=True)
     assert "replicas" not in of_kind("Deployment", found)["spec"]
-
-
-def _plain(item: Object) -> str:
-    """An object for people to review: without the labels that all have, tested elsewhere, and our script."""
-    item["metadata"].pop("labels", None)
-    if item["kind"] == "Pod":
-        item["spec"]["containers"][0]["args"] = ["(files/ask_a_sum.py)"]
-    return yaml.safe_dump(item, sort_keys=False, width=120, allow_unicode=True)
-
-
-def _place(item: Object) -> tuple[str, str]:
-    return item["kind"], item["metadata"]["name"]

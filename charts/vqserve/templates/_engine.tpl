@@ -49,7 +49,7 @@
 {{- end }}
 {{- end -}}
 
-{{- /* HOME and every cache of compiled and tuned code, then what values stand for. */ -}}
+{{- /* HOME and every cache of compiled and tuned code, then what values stand for; not the key, which only the engine needs. */ -}}
 {{- define "vqserve.engine.ownEnv" -}}
 - {name: HOME, value: /cache/home}
 - {name: XDG_CACHE_HOME, value: /cache/xdg}
@@ -60,9 +60,6 @@
 - {name: CUDA_CACHE_PATH, value: /cache/cuda}
 {{- if eq .Values.engine.pcie "noP2P" }}
 - {name: NCCL_P2P_DISABLE, value: "1"}
-{{- end }}
-{{- with include "vqserve.apiKey" . }}
-{{ . }}
 {{- end }}
 {{- end -}}
 
