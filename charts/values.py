@@ -33,7 +33,11 @@ class Section(BaseModel):
 
 
 class EngineImage(Section):
-    repository: str = Field("ghcr.io/vqserve/serve", description="With the registry, or a mirror of it.", min_length=1)
+    repository: str = Field(
+        "ghcr.io/vqserve/serve",
+        description="With the registry or its mirror; on CPUs the `serve-cpu` image.",
+        min_length=1,
+    )
     tag: str = Field(
         "", description="Empty: the chart's appVersion, on GPUs with `-dense` or `-sparse` as engine.attention has it."
     )
@@ -292,7 +296,7 @@ class PodSecurity(Section):
     runAsUser: int = Field(10001, description="User and group of all containers; must read the checkpoint.", ge=1)
     fsGroup: int = Field(10001, description="Group that volumes are made writable for.", ge=1)
     readOnlyRootFilesystem: bool = Field(
-        False, description="Also for the engine. Off, as nvidia-cdi-hook writes to it on some nodes."
+        False, description="Of the serving image's containers. Off, as nvidia-cdi-hook writes to it on some nodes."
     )
 
 

@@ -116,7 +116,7 @@ def test_every_refusal_has_a_case(errors: list[str]) -> None:
 
 @pytest.mark.parametrize("api", APIS)
 def test_an_api_that_the_cluster_lacks_is_named(api: str, tmp_path: Path) -> None:
-    changes = {
+    changes: dict[str, Changes] = {
         "HTTPRoute": {"route.enabled": True, "route.parentRefs": [{"name": "public"}]},
         "InferencePool": {
             "inferencePool.enabled": True,
