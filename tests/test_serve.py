@@ -19,7 +19,7 @@ from random_checkpoint import make_random_checkpoint
 from random_parent import make_random_parent
 from vqserve.cli import main
 from vqserve.format.manifest import write_manifest
-from vqserve.serve import PLUGINS
+from vqserve.installation import PLUGINS
 from vqserve.settings import SPINE
 
 Capture = pytest.CaptureFixture[str]

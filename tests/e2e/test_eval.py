@@ -16,7 +16,7 @@ def test_a_served_model_is_measured_and_compared_with_itself(
     task: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("VLLM_API_KEY", KEY)
-    first, options = tmp_path / "first.json", ["--per-language", "8"]
+    first, options = tmp_path / "first.json", ["--per-language", "8", "--gaps"]
     assert main(["eval", task, server.url, *options, "--json", str(first)]) == 0
     report = json.loads(first.read_text())
     assert len(report["items"]) == 2 * 3 * 8
@@ -24,9 +24,17 @@ def test_a_served_model_is_measured_and_compared_with_itself(
     assert overall["ended"] == 1.0
     assert overall["right"] > 0.5
     assert all(bool(item["reasoning"]) == (item["mode"] == "thinking") for item in report["items"])
+    for item in report["items"]:
+        said = "".join(token for token, _ in item["tokens"])
+        assert item["content"] in said
+        assert item["reasoning"] in said
+        assert all(gap >= 0 for _, gap in item["tokens"])
     capsys.readouterr()
     assert main(["eval", task, server.url, *options, "--against", str(first)]) == 0
-    assert "p = 1" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "p = 1" in out
+    assert "of 48 answers the same" in out
+    assert "part from the earlier one in some token" in out
 
 
 def test_a_wrong_key_is_said_so(

@@ -18,6 +18,7 @@ import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
 from e2e.conftest import KEY, Server, get, serving, wait_for, wait_until
+from vqserve.cli import main
 from vqserve.format.known_answers import KNOWN_ANSWERS, read_known_answers
 from vqserve.format.manifest import write_manifest
 
@@ -75,10 +76,10 @@ def test_a_probe_needs_no_key_where_a_request_does(served: Server) -> None:
     assert served.client.models.list().data
 
 
-def test_a_drain_ends_readiness_but_not_service(served: Server) -> None:
+def test_a_drain_ends_readiness_but_not_service(served: Server, capsys: pytest.CaptureFixture[str]) -> None:
     wait_for(served, "/ready", 200)
-    with urllib.request.urlopen(urllib.request.Request(f"{served.url}/drain", method="POST"), timeout=5) as response:
-        assert state(response.read().decode())[0] == "draining"
+    assert main(["drain", "--port", served.url.rpartition(":")[2]]) == 0
+    assert capsys.readouterr().out.startswith("draining: ")
     assert get(served, "/ready")[0] == 503
     assert get(served, "/health")[0] == 200
     answer = served.client.chat.completions.create(model=MODEL, messages=QUESTION)

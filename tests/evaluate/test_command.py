@@ -110,6 +110,21 @@ def test_two_runs_are_compared_item_by_item() -> None:
     assert paired["p"] == pytest.approx(2 / 2**10)
 
 
+def test_the_same_answers_are_counted_and_where_tokens_part_the_surer_run_is_told() -> None:
+    def run(*tokens: tuple[tuple[str, float], ...]) -> list[dict[str, Any]]:
+        items = draw("arithmetic", 2, seed=0)
+        replies = [Reply("".join(token for token, _ in each), "", True, 9, each) for each in tokens]
+        return [Result(item, "direct", reply, True).to_dict() for item, reply in zip(items, replies, strict=False)]
+
+    same = (("1", 9.0), ("2", 8.0))
+    now, before = run(same, (("1", 9.0), ("2", 0.1), ("5", 3.0))), run(same, (("1", 9.0), ("3", 0.25), ("7", 4.0)))
+    assert compare(now, before)["same"] == 1
+    assert compare(now, before)["parted"] == [0.25]
+    assert compare(run(same), run((*same, ("3", 0.5))))["parted"] == [0.5]
+    assert compare(run(same), run(same))["parted"] == []
+    assert "parted" not in compare(run(same), run(()))
+
+
 @pytest.mark.parametrize("change", [{"seed": 1}, {"per_language": 5}, {"task": "recall"}])
 def test_a_run_on_other_items_is_refused(change: dict[str, Any]) -> None:
     before = [r.to_dict() for r in results([True] * 12)]

@@ -13,7 +13,7 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_plugin.test_readiness import right
-from vqserve.serve import PLUGINS
+from vqserve.installation import PLUGINS
 from vqserve.vllm_plugin.guard import PROBES
 from vqserve.vllm_plugin.readiness import Readiness
 

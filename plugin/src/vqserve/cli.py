@@ -17,6 +17,11 @@ COMMANDS = {
     "plan": ("vqserve.checkpoint.plan", "show whether a model fits on the GPUs, and with how long a context"),
     "card": ("vqserve.checkpoint.card", "write measured scores into a checkpoint's model card"),
     "serve": ("vqserve.serve", "check a checkpoint and serve it with vLLM's OpenAI server"),
+    "preflight": (
+        "vqserve.preflight.command",
+        "check whether this machine can serve a checkpoint, and say what is wrong",
+    ),
+    "drain": ("vqserve.drain", "take the server on this machine out of rotation, before it is stopped"),
     "bench": (
         "vqserve.bench.command",
         "measure kernels, or a whole model of made-up weights, on the GPU that is there",
@@ -24,6 +29,9 @@ COMMANDS = {
     "eval": ("vqserve.evaluate.command", "measure a served model or a checkpoint"),
 }
 """Per subcommand a module with `add_arguments(parser)` and `run(args) -> int`, and one line of help."""
+
+_PASSING = ("serve", "preflight")
+"""Those that take arguments of vLLM's after `--`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         own, passed = arguments[:at], arguments[at + 1 :]
     args = _parser(own[:1]).parse_args(own, argparse.Namespace(passed=passed))
     try:
-        if passed and args.command != "serve":
-            raise UsageError(f"`vqserve {args.command}` takes no arguments after `--`; only `vqserve serve` does")
+        if passed and args.command not in _PASSING:
+            raise UsageError(f"`vqserve {args.command}` takes no arguments after `--`; `vqserve serve` does")
         code: int = import_module(COMMANDS[args.command][0]).run(args)
         return code
     except (CheckpointError, UsageError, OSError) as error:

@@ -13,7 +13,7 @@ import shlex
 import socket
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from dataclasses import dataclass
 from pathlib import Path
 
 from vqserve.arguments import positive
@@ -27,14 +27,11 @@ from vqserve.format.known_answers import read_known_answers
 from vqserve.format.layout import check_shardable
 from vqserve.format.memory import memory
 from vqserve.format.variants import check_variant
+from vqserve.installation import PLUGINS, check_vllm
 from vqserve.settings import SPINE, WARM_UP_SECONDS, warm_up_seconds
 
-VLLM_VERSION = "0.32.0"
 DENSE_CONTEXT = 4096
 """Default context of dense attention, in tokens: it is exact up to 2048 and has been validated up to this."""
-PLUGINS = {"vqserve": "vllm.general_plugins", "vqserve-readiness": "vllm.endpoint_plugins"}
-"""Our plugins of vLLM, each with its group of entry points. vLLM loads some groups only if told each plugin's name."""
-
 KV_CACHE = "VLLM_CPU_KVCACHE_SPACE"
 """vLLM's variable for the GiB of each rank's KV cache on a CPU."""
 
@@ -50,6 +47,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of `vqserve serve`."""
     parser.usage = "vqserve serve PATH [options] [-- options of vLLM's server]"
     parser.add_argument("path", type=Path, metavar="PATH", help="folder of the checkpoint")
+    add_server_arguments(parser)
+    parser.add_argument("--print", action="store_true", help="show environment and arguments, start nothing")
+    parser.epilog = (
+        "The API key, if any, is read from the environment variable VLLM_API_KEY. Every route wants it but "
+        "/health, /ping, /ready, /metrics, /version, /load and, from this machine alone, /drain."
+    )
+
+
+def add_server_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares how a checkpoint is to be served: what `vqserve preflight` takes as well."""
     parser.add_argument("--bf16", action="store_true", help="PATH is an unquantized parent: serve it, to compare with")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all addresses (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8001, help="default: %(default)s")
@@ -63,15 +70,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--warm-up-seconds", type=positive, metavar="N", help="how long until /ready gives up (default: 600)"
     )
-    parser.add_argument("--print", action="store_true", help="show environment and arguments, start nothing")
-    parser.epilog = (
-        "The API key, if any, is read from the environment variable VLLM_API_KEY. Every route wants it but "
-        "/health, /ping, /ready, /metrics, /version, /load and, from this machine alone, /drain."
-    )
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that could be started.
+
+    Attributes:
+        vllm: Version of vLLM, with the suffix `+cpu` for a CPU build.
+        checkpoint: What it serves.
+        cpu: How this machine's CPU serves it; None on GPUs.
+        environment: Variables to set.
+        command: Program and arguments.
+    """
+
+    vllm: str
+    checkpoint: Checkpoint | ParentCheckpoint
+    cpu: Cpu | None
+    environment: Mapping[str, str]
+    command: list[str]
 
 
 def run(args: argparse.Namespace) -> int:
     """Checks everything that can be checked, then replaces this process by the server.
+
+    Raises:
+        CheckpointError: The checkpoint or its known answers are damaged, or not such as can be served.
+        UsageError: An argument or the installation is wrong.
+    """
+    server = prepare(args)
+    if args.print:
+        print(shown(server.environment, server.command))
+        return 0
+    check_port(args.host, args.port)
+    check_memory(args, server)
+    print(summary(args, server), flush=True)
+    os.execve(server.command[0], server.command, os.environ | server.environment)
+
+
+def prepare(args: argparse.Namespace) -> Server:
+    """Checks what can be checked on any machine that has the checkpoint.
 
     Raises:
         CheckpointError: The checkpoint or its known answers are damaged, or not such as can be served.
@@ -86,37 +124,7 @@ def run(args: argparse.Namespace) -> int:
     cpu = find_cpu() if vllm.endswith("+cpu") else None
     check_arguments(args, checkpoint, cpu)
     environment = server_environment(args, checkpoint.geometry, cpu)
-    command = server_command(args, checkpoint.geometry, cpu)
-    if args.print:
-        print(shown(environment, command))
-        return 0
-    check_port(args.host, args.port)
-    check_memory(args, checkpoint, cpu, environment)
-    print(summary(args, checkpoint, vllm, cpu), flush=True)
-    os.execve(command[0], command, os.environ | environment)
-
-
-def check_vllm() -> str:
-    """The installed vLLM's version, with the suffix `+cpu` for a CPU build.
-
-    Raises:
-        UsageError: It is not the supported version, or would not find our plugins.
-    """
-    try:
-        found = version("vllm")
-    except PackageNotFoundError:
-        try:
-            found = f"{version('vllm-cpu')}+cpu"
-        except PackageNotFoundError:
-            found = "none"
-    if found.partition("+")[0] != VLLM_VERSION:
-        raise UsageError(
-            f"vLLM {VLLM_VERSION} is needed, found {found}; install vqserve[cpu] or vqserve[cuda], which pin it"
-        )
-    for name, group in PLUGINS.items():
-        if not any(point.name == name for point in entry_points(group=group)):
-            raise UsageError(f"vLLM plugin `{name}` not found; install the package again (pip install -e plugin)")
-    return f"{VLLM_VERSION}+cpu" if "cpu" in found else VLLM_VERSION
+    return Server(vllm, checkpoint, cpu, environment, server_command(args, checkpoint.geometry, cpu))
 
 
 def check_arguments(args: argparse.Namespace, checkpoint: Checkpoint | ParentCheckpoint, cpu: Cpu | None) -> None:
@@ -177,17 +185,13 @@ def check_port(host: str, port: int) -> None:
         raise UsageError(f"{problem}; choose another --port or --host") from error
 
 
-def check_memory(
-    args: argparse.Namespace,
-    checkpoint: Checkpoint | ParentCheckpoint,
-    cpu: Cpu | None,
-    environment: Mapping[str, str],
-) -> None:
+def check_memory(args: argparse.Namespace, server: Server) -> None:
     """Checks that the model fits, as far as that is known beforehand.
 
     Raises:
         UsageError: It does not.
     """
+    checkpoint, cpu = server.checkpoint, server.cpu
     plan = memory(
         checkpoint.config,
         ranks=args.tensor_parallel_size,
@@ -201,7 +205,7 @@ def check_memory(
     )
     tokens = context(args, checkpoint.geometry)
     if cpu:
-        check_cpu(plan, tokens, int(environment[KV_CACHE]), available_bytes())
+        check_cpu(plan, tokens, int(server.environment[KV_CACHE]), available_bytes())
     else:
         check_gpus(plan, tokens, args.passed, gpu_bytes())
 
@@ -275,8 +279,9 @@ def shown(environment: Mapping[str, str], command: Sequence[str]) -> str:
     return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in environment.items()), shlex.join(words)])
 
 
-def summary(args: argparse.Namespace, checkpoint: Checkpoint | ParentCheckpoint, vllm: str, cpu: Cpu | None) -> str:
+def summary(args: argparse.Namespace, server: Server) -> str:
     """What was checked, what was chosen for this CPU, and a curl line to paste once the server is up."""
+    checkpoint, cpu = server.checkpoint, server.cpu
     if isinstance(checkpoint, Checkpoint):
         size = sum(record.size for record in checkpoint.files.values())
         digests = "sha256, " if size < DIGEST_LIMIT else ""
@@ -296,7 +301,7 @@ def summary(args: argparse.Namespace, checkpoint: Checkpoint | ParentCheckpoint,
     key = ' -H "Authorization: Bearer $VLLM_API_KEY"' if os.environ.get("VLLM_API_KEY") else ""
     return (
         f"vqserve: {args.path}: {checked}\n{chosen}"
-        f"vqserve: starting vLLM {vllm}; at `Application startup complete`, ask it:\n\n"
+        f"vqserve: starting vLLM {server.vllm}; at `Application startup complete`, ask it:\n\n"
         f"curl http://{host}:{args.port}/v1/chat/completions -H 'Content-Type: application/json'{key} "
         f"-d {shlex.quote(body)}\n"
     )

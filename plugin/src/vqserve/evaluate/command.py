@@ -53,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         served.add_argument("--concurrency", type=positive, default=16, metavar="N", help="default: %(default)s")
         served.add_argument("--seed", type=int, default=0, help="which items; default: %(default)s")
         served.add_argument("--against", type=Path, metavar="FILE", help="--json of an earlier run to compare with")
+        served.add_argument(
+            "--gaps", action="store_true", help="keep the tokens of each answer and how sure the model was of each"
+        )
         served.add_argument("--json", type=Path, metavar="FILE", help="write items, answers and scores")
     kl = tasks.add_parser(
         "kl", help="KL divergence of a checkpoint from its parent", description="KL(parent || model)."
@@ -87,7 +90,7 @@ def _questions(args: argparse.Namespace) -> dict[str, Any]:
     from vqserve.evaluate.served import Server
 
     before = _read_run(args.against) if args.against else None
-    server = Server(args.url, args.model, args.concurrency)
+    server = Server(args.url, args.model, args.concurrency, gaps=args.gaps)
     modes = list(MODES) if args.mode == "both" else [args.mode]
     if args.task == "needle":
         server = replace(server, max_tokens=args.answer_tokens)
@@ -105,6 +108,10 @@ def _questions(args: argparse.Namespace) -> dict[str, Any]:
     if before is not None:
         report["against"] = paired = compare(items, before)
         print(f"against {args.against}: {paired['gained']} gained, {paired['lost']} lost, p = {paired['p']:.3g}")
+        print(f"  {paired['same']} of {len(items)} answers the same, reasoning apart")
+        if (parted := paired.get("parted")) is not None:
+            widest = f"; there the likeliest token led by at most {max(parted):.3f} nats" if parted else ""
+            print(f"  {len(parted)} part from the earlier one in some token{widest}")
     return report
 
 

@@ -31,6 +31,7 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
+        tokens = {"tokens": [list(token) for token in self.reply.tokens]} if self.reply.tokens else {}
         return {
             "mode": self.mode,
             "language": self.item.language,
@@ -42,6 +43,7 @@ class Result:
             "ended": self.reply.ended,
             "prompt_tokens": self.reply.prompt_tokens,
             "right": self.right,
+            **tokens,
         }
 
 
@@ -141,12 +143,33 @@ def check_same(before: Sequence[Mapping[str, Any]], modes: Sequence[str], items:
         raise UsageError("--against: expected a run of the same task, seed, size and modes; run that one again")
 
 
-def compare(now: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def compare(now: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Paired comparison of two runs on the same items (`Result.to_dict` of each).
 
     Returns:
-        `gained` and `lost` items, and McNemar's exact two-sided `p`.
+        `gained` and `lost` items, McNemar's exact two-sided `p`, and `same`, how many answers are the same in every
+        character, reasoning apart. If both runs kept their tokens, `parted` as well: per answer whose tokens part, the
+        nats by which either was likelier than the next likely one where they do, the larger of both runs'.
     """
-    gained = sum(a["right"] and not b["right"] for a, b in zip(now, before, strict=True))
-    lost = sum(b["right"] and not a["right"] for a, b in zip(now, before, strict=True))
-    return {"gained": gained, "lost": lost, "p": mcnemar(gained, lost)}
+    pairs = list(zip(now, before, strict=True))
+    gained = sum(a["right"] and not b["right"] for a, b in pairs)
+    lost = sum(b["right"] and not a["right"] for a, b in pairs)
+    found: dict[str, Any] = {"gained": gained, "lost": lost, "p": mcnemar(gained, lost)}
+    found["same"] = sum(a["content"] == b.get("content") for a, b in pairs)
+    if all("tokens" in row for pair in pairs for row in pair):
+        found["parted"] = [gap for a, b in pairs if (gap := _parting(a["tokens"], b["tokens"])) is not None]
+    return found
+
+
+def _parting(now: Sequence[Sequence[Any]], before: Sequence[Sequence[Any]]) -> float | None:
+    """How sure the surer of two runs was of the first token in which they differ; None if they do not.
+
+    Up to there both saw the same text. The token that ends an answer is not among its tokens: of an answer that is the
+    other's beginning, the other's next token tells.
+    """
+    for (token, gap), (other, its) in zip(now, before, strict=False):
+        if token != other:
+            return float(max(gap, its))
+    longer = max(now, before, key=len)
+    shared = min(len(now), len(before))
+    return float(longer[shared][1]) if len(longer) > shared else None

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import httpx2
 import openai
 from openai.types import Model
+from openai.types.chat.chat_completion import Choice
 from tqdm import tqdm
 
 from vqserve.evaluate.items import Item
@@ -34,12 +35,15 @@ class Reply:
         reasoning: The reasoning, empty if there is none.
         ended: The model ended it; False if it ran into the token limit.
         prompt_tokens: Tokens of the prompt as the server rendered it.
+        tokens: All tokens of reasoning and answer, each with the nats by which it was likelier than the next likely
+            one; empty if the server was not asked for them.
     """
 
     content: str
     reasoning: str
     ended: bool
     prompt_tokens: int
+    tokens: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,12 +55,14 @@ class Server:
         model: Name of the model; the first one that the server lists if None.
         concurrency: Requests under way at once.
         max_tokens: Most tokens of one answer.
+        gaps: Whether to ask for the tokens of an answer and how sure each was.
     """
 
     url: str
     model: str | None = None
     concurrency: int = 16
     max_tokens: int = 512
+    gaps: bool = False
 
     def ask(self, items: Sequence[Item], *, thinking: bool, progress: bool = False) -> list[Reply]:
         """Greedy answers to all items, in their order. The API key, if any, is read from VLLM_API_KEY.
@@ -114,13 +120,16 @@ class Server:
                             messages=[{"role": "user", "content": item.question}],
                             temperature=0.0,
                             max_tokens=self.max_tokens,
+                            logprobs=self.gaps,
+                            top_logprobs=2 if self.gaps else openai.omit,
                             extra_body={"chat_template_kwargs": {"enable_thinking": thinking}},
                         )
                     bar.update()
                     choice = answer.choices[0]
                     reasoning = getattr(choice.message, "reasoning", None) or ""
                     tokens = answer.usage.prompt_tokens if answer.usage else 0
-                    return Reply(choice.message.content or "", reasoning, choice.finish_reason == "stop", tokens)
+                    content, ended = choice.message.content or "", choice.finish_reason == "stop"
+                    return Reply(content, reasoning, ended, tokens, _gaps(choice))
 
                 return await asyncio.gather(*map(one, items))
 
@@ -131,3 +140,12 @@ class Server:
             listed = ", ".join(model.id for model in models) or "no model"
             raise UsageError(f"{self.url}: lists {listed}; name one that it serves with --model")
         return wanted[0]
+
+
+def _gaps(choice: Choice) -> tuple[tuple[str, float], ...]:
+    """Each token, and by how many nats it was likelier than the likeliest other one."""
+    found = choice.logprobs.content if choice.logprobs else None
+    return tuple(
+        (token.token, token.logprob - max(other.logprob for other in token.top_logprobs if other.token != token.token))
+        for token in found or ()
+    )
