@@ -302,7 +302,8 @@ class PodSecurity(Section):
 
 class Preflight(Section):
     mode: Literal["warn", "refuse", "off"] = Field(
-        "warn", description="Look at the GPUs before each start, and start in spite of what is found, or not."
+        "warn",
+        description="Judge GPUs, checkpoint and memory before a start; `warn` starts in spite of findings. Quote `off`.",
     )
 
 
@@ -339,4 +340,6 @@ class Values(Section):
     networkPolicy: NetworkPolicy = Field(NetworkPolicy(), description="Who reaches the engine, and what it reaches.")
     pdb: Pdb = Field(Pdb(), description="PodDisruptionBudget.")
     podSecurity: PodSecurity = Field(PodSecurity(), description="Who the containers run as.")
-    preflight: Preflight = Field(Preflight(), description="`vqserve preflight`, on the GPUs that the engine will use.")
+    preflight: Preflight = Field(
+        Preflight(), description="`vqserve preflight`, on the GPUs and with the options that the engine will have."
+    )

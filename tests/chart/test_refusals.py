@@ -13,7 +13,7 @@ from chart.helm import APIS, CHART, refused
 Changes = dict[str, Any]
 
 GPU: Changes = {"model": {"pvc": {"claimName": "glm"}}}
-CPU: Changes = GPU | {"engine": {"device": "cpu", "gpus": 0}, "preflight": {"mode": "off"}}
+CPU: Changes = GPU | {"engine": {"device": "cpu", "gpus": 0}}
 
 
 def changed(base: Changes, changes: Changes) -> Changes:
@@ -38,7 +38,6 @@ def _flat(tree: Changes, prefix: str = "") -> list[tuple[str, Any]]:
 IMPOSSIBLE: list[tuple[Changes, Changes, str]] = [
     (CPU, {"engine.gpus": 2}, "set engine.gpus to 0, or engine.device to cuda"),
     (CPU, {"engine.attention": "sparse"}, "set it to dense, or engine.device to cuda"),
-    (CPU, {"preflight.mode": "warn"}, 'with engine.device cpu set it to "off" (in quotes)'),
     (CPU, {"engine.gpuMemoryUtilization": 0.9}, "VLLM_CPU_KVCACHE_SPACE in engine.env"),
     (CPU, {"scheduling.dra.enabled": True}, "set scheduling.dra.enabled to false"),
     (CPU, {"engine.pcie": "noP2P"}, "with engine.gpus 0 no GPU talks to another: set it to default"),

@@ -17,9 +17,6 @@
   {{- if eq .Values.engine.attention "sparse" -}}
     {{- fail "engine.attention is sparse, which vLLM has on GPUs only: set it to dense, or engine.device to cuda" -}}
   {{- end -}}
-  {{- if ne .Values.preflight.mode "off" -}}
-    {{- fail (printf "preflight.mode is %s, and the preflight looks at GPUs: with engine.device cpu set it to \"off\" (in quotes)" .Values.preflight.mode) -}}
-  {{- end -}}
   {{- if .Values.engine.gpuMemoryUtilization -}}
     {{- fail "engine.gpuMemoryUtilization is set and engine.device is cpu: leave it out; VLLM_CPU_KVCACHE_SPACE in engine.env is the GiB of KV cache there" -}}
   {{- end -}}

@@ -1,7 +1,6 @@
-{{- /* The command line of `vqserve serve`, which alone knows vLLM's: only what it has no option for follows `--`. */ -}}
-{{- define "vqserve.engine.args" -}}
-- serve
-- /model
+{{- /* Options of `vqserve serve`, which alone knows vLLM's: only what it has no option for follows `--`. `vqserve preflight`
+       takes the same, and so judges the very server that will be started. */ -}}
+{{- define "vqserve.engine.options" -}}
 - --host
 - 0.0.0.0
 - --port
