@@ -79,7 +79,7 @@ LOCK = UV_CUSTOM_COMPILE_COMMAND='make lock' $(BIN)/uv pip compile --quiet --gen
 .PHONY: clean
 clean:
 	rm -rf .venv .venv-kernels .hypothesis
-	find plugin tests -depth \( -name __pycache__ -o -name '*.egg-info' -o -path plugin/build \) -exec rm -rf {} +
+	find plugin charts tests -depth \( -name __pycache__ -o -name '*.egg-info' -o -path plugin/build \) -exec rm -rf {} +
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import platform, sys; sys.exit((sys.version_info[:2], platform.system(), platform.machine()) != ((3, 11), "Linux", "x86_64"))' 2>/dev/null || \

@@ -303,7 +303,7 @@ class PodSecurity(Section):
 class Preflight(Section):
     mode: Literal["warn", "refuse", "off"] = Field(
         "warn",
-        description="Judge GPUs, checkpoint and memory before a start; `warn` starts in spite of findings. Quote `off`.",
+        description="Judge GPUs, checkpoint and memory before a start; `warn` starts in any case. Quote `off`.",
     )
 
 
