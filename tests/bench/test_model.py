@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from vqserve.bench.command import real_config
-from vqserve.bench.model import floors, grouped, stock_config, vq_config
+from vqserve.bench.model import ALONE, OURS, STOCK, floors, grouped, stock_config, targets, vq_config
 from vqserve.checkpoint.assume import SEED_MIX
 from vqserve.format.errors import UsageError
 
@@ -38,7 +40,7 @@ def test_a_model_that_cannot_be_is_refused(layers: int, of_ranks: int, said: str
 
 def test_kernels_are_told_apart_by_what_they_are_for() -> None:
     kernels = {"gate_up": [2.0, 5.0], "void vllm::moe::grouped_topk": [1.0, 1.0], "marlin::Marlin<1>": [1.0, 2.0]}
-    found = grouped({**kernels, "ncclDevKernel_AllReduce": [1.0, 3.0], "whatever": [1.0, 4.0]})
+    found = grouped({**kernels, "void vllm::cross_device_reduce_1stage<2>": [1.0, 3.0], "whatever": [1.0, 4.0]})
     assert {name: part["us"] for name, part in found.items() if part["us"]} == {
         "all-reduce": 3.0,
         "router": 1.0,
@@ -46,3 +48,17 @@ def test_kernels_are_told_apart_by_what_they_are_for() -> None:
         "4-bit linears": 2.0,
         "other": 4.0,
     }
+
+
+def run_of(seconds: float, *held: int) -> dict[str, Any]:
+    return {"seconds per step": {"decode, context 128": seconds}, "weight bytes per rank": held}
+
+
+def test_a_single_stream_is_held_to_stock_to_one_rank_alone_and_ranks_to_equal_shares() -> None:
+    found = targets({OURS: run_of(0.010, 1000, 1020), STOCK: run_of(0.0096, 1), ALONE: run_of(0.0084, 1000)})
+    assert [(round(target["found"], 2), target["met"]) for target in found] == [
+        (0.96, True),
+        (0.84, False),
+        (0.02, False),
+    ]
+    assert targets({OURS: run_of(0.010, 1000)}) == []

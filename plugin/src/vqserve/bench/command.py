@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts", type=_numbers, default=(512, 2048), metavar="N,...", help="of a prompt alone; default: 512,2048"
     )
     model.add_argument("--stock", action="store_true", help="also vLLM's own 4 bit in everything, 32 experts of it")
+    model.add_argument("--alone", action="store_true", help="with --tp: also one of those ranks, alone on one GPU")
     model.add_argument("--utilization", type=float, default=0.92, metavar="X", help="of GPU memory; default: 0.92")
     model.add_argument(
         "--engine", type=_engine, default={}, metavar="JSON", help="further arguments of vllm.LLM, as an object"
@@ -102,9 +103,7 @@ def _kernels(args: argparse.Namespace) -> int:
     columns = ["tiers", "kernel", "ranks", "tokens", "us", "MB", "% of copy", "% of shared"]
     columns += ["torch", "vLLM bf16", "vLLM 4 bit"]
     print_table(title, columns, [_shown(row) for row in found["rows"]], names=2)
-    for target in found["targets"]:
-        mark = "met" if target["met"] else "MISSED"
-        print(f"{mark}: {target['text']}: {target['limit']:g}, found {target['found']:.2f}")
+    _print_targets(found["targets"])
     if args.json:
         write_json(args.json, found)
     if args.plot:
@@ -114,13 +113,23 @@ def _kernels(args: argparse.Namespace) -> int:
     return 0 if all(target["met"] for target in found["targets"]) else 1
 
 
+def _print_targets(targets: Iterable[Mapping[str, Any]]) -> None:
+    for target in targets:
+        mark = "met" if target["met"] else "MISSED"
+        print(f"{mark}: {target['text']}: {target['limit']:g}, found {target['found']:.2f}")
+
+
 def _model(args: argparse.Namespace) -> int:
-    from vqserve.bench.model import floors, run_engine, stock_config, vq_config
+    from vqserve.bench.model import ALONE, OURS, STOCK, floors, run_engine, stock_config, targets, vq_config
     from vqserve.bench.timing import copy_bandwidth, machine
 
+    if args.tp > 1 and (args.rank_of > 1 or args.stock):
+        option = "--rank-of" if args.rank_of > 1 else "--stock"
+        raise UsageError(f"{option}: is of one GPU, and so does not go with --tp {args.tp}; leave one of them out")
+    if args.alone and args.tp == 1:
+        raise UsageError("--alone: compares with the ranks of --tp; give that too, or --rank-of instead")
     config = real_config()
     asked = {
-        "ranks": args.tp,
         "context": max([*args.contexts, *args.prompts]) + 128,
         "utilization": args.utilization,
         "contexts": args.contexts,
@@ -129,11 +138,15 @@ def _model(args: argparse.Namespace) -> int:
         "engine": args.engine,
     }
     ours = vq_config(config, SEED_MIX, args.layers, args.rank_of)
-    runs = {"vqserve": run_engine(ours, **asked)}
+    runs = {OURS: run_engine(ours, ranks=args.tp, **asked)}
     if args.stock:
-        runs["stock 4 bit"] = run_engine(stock_config(config, args.layers, args.rank_of, STOCK_EXPERTS), **asked)
+        stock = stock_config(config, args.layers, args.rank_of, STOCK_EXPERTS)
+        runs[STOCK] = run_engine(stock, ranks=1, **asked)
+    if args.alone:
+        runs[ALONE] = run_engine(vq_config(config, SEED_MIX, args.layers, args.tp), ranks=1, **asked)
     found = {"machine": machine(), "layers": args.layers, "rank of": args.rank_of, "tp": args.tp, "runs": runs}
     found["floors"] = floors(ours, args.tp, copy_bandwidth())
+    found["targets"] = targets(runs)
     _print_model(found)
     if args.json:
         write_json(args.json, found)
@@ -141,7 +154,7 @@ def _model(args: argparse.Namespace) -> int:
         from vqserve.bench.picture import draw_steps
 
         draw_steps(args.plot, found)
-    return 0
+    return 0 if all(target["met"] for target in found["targets"]) else 1
 
 
 def _print_model(found: Mapping[str, Any]) -> None:
@@ -170,6 +183,7 @@ def _print_model(found: Mapping[str, Any]) -> None:
         floor = found["floors"].get(group)
         lines.append([group, *cells, "" if floor is None else f"{floor:.0f}"])
     print_table("Where a step of a single stream goes", columns, lines)
+    _print_targets(found["targets"])
 
 
 def real_config() -> dict[str, Any]:

@@ -20,8 +20,12 @@ from vqserve.format.errors import UsageError
 from vqserve.format.memory import memory
 
 ENGINE_SECONDS = 1800
+OURS, STOCK, ALONE = "vqserve", "stock 4 bit", "one rank alone"
+"""Names of runs."""
+STOCK_SHARE, ALONE_SHARE, EQUAL_SHARES = 0.95, 0.85, 0.01
+"""What `targets` asks."""
 GROUPS = {
-    "all-reduce": r"all_?reduce|ncclDevKernel",
+    "all-reduce": r"all_?reduce|cross_device_reduce|ncclDevKernel",
     "router": r"topk|grouped_topk|sigmoid",
     "experts": r"^(gate_up|down|finish|group|to_half|combine)$|moe|count_and_sort",
     "4-bit linears": r"marlin|machete|gptq|device_kernel.*[Mm]ixed",
@@ -142,3 +146,28 @@ def floors(config: Mapping[str, Any], ranks: int, copy: float) -> dict[str, floa
         "bf16 products": held["kv_b_proj"] + held["router"] + held["lm_head"],
     }
     return {group: size / copy * 1e6 for group, size in nbytes.items()}
+
+
+def targets(runs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What the runs measured together are held to: a single stream at the first context, and equal shares of weights.
+
+    Args:
+        runs: What `run_engine` found, by name: `OURS`, and beside it `STOCK` or `ALONE` or neither.
+
+    Returns:
+        Per target `text`, `limit`, `found` and whether it is `met`.
+    """
+    ours = runs[OURS]
+    first = next(iter(ours["seconds per step"]))
+    held = ours["weight bytes per rank"]
+    judged: list[dict[str, Any]] = []
+    for other, limit in ((STOCK, STOCK_SHARE), (ALONE, ALONE_SHARE)):
+        if other in runs:
+            share = runs[other]["seconds per step"][first] / ours["seconds per step"][first]
+            text = f"{first}: speed over that of {other}, at least"
+            judged.append({"text": text, "limit": limit, "found": share, "met": share >= limit})
+    if len(held) > 1:
+        spread = max(held) / min(held) - 1
+        text = "weights of the fullest rank over those of the emptiest, less 1, at most"
+        judged.append({"text": text, "limit": EQUAL_SHARES, "found": spread, "met": spread <= EQUAL_SHARES})
+    return judged

@@ -27,6 +27,7 @@ from vqserve.tables import gib
 NO_PEERS = {"NCCL_P2P_DISABLE": "1"}
 NO_PEERS_ARGUMENTS = ("--disable-custom-all-reduce",)
 """How two GPUs are served that must not read each other's memory: through the host's."""
+_IN_THE_CHART = "(values: engine.pcie: noP2P)"
 
 DRIVER = (580, 65)
 """The first that runs CUDA 13.0, which torch 2.13 is built with (CUDA 13.0 release notes, table 3)."""
@@ -164,7 +165,7 @@ def check_all_reduce(trial: AllReduce, without_peers: AllReduce | None, gpus: Se
         found = f"{1e6 * trial.latency:.0f} us for 12 KiB, {trial.bandwidth / 1e9:.1f} GB/s for 64 MiB"
         yield Finding("all-reduce", Verdict.WARN if slow else Verdict.OK, found, remedy)
     if trial.peers is False:
-        remedy = "they reduce through the host's memory: more slowly, and soundly only without custom all-reduce"
+        remedy = f"they reduce through the host's memory, soundly only without custom all-reduce {_IN_THE_CHART}"
         yield Finding(
             "peer access", Verdict.WARN, "the GPUs cannot read each other", remedy, NO_PEERS, NO_PEERS_ARGUMENTS
         )
@@ -181,7 +182,8 @@ def _failed(problem: str, without_peers: AllReduce | None) -> Finding:
         remedy = f"nor does it work through the host's memory: {without_peers.problem}"
         return Finding("all-reduce", Verdict.FAIL, problem, remedy)
     assert without_peers.latency is not None
-    remedy = f"works through the host's memory, {1e6 * without_peers.latency:.0f} us for 12 KiB: use the settings below"
+    cost = f"{1e6 * without_peers.latency:.0f} us for 12 KiB"
+    remedy = f"works through the host's memory, {cost}: use the settings below {_IN_THE_CHART}"
     return Finding("all-reduce", Verdict.FAIL, problem, remedy, NO_PEERS, NO_PEERS_ARGUMENTS)
 
 
