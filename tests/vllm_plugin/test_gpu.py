@@ -1,4 +1,4 @@
-"""The trained parent and the demo on a GPU, where vLLM's dense MLA and its 4-bit layers are other code than on a CPU."""
+"""The trained parent and the demo on a GPU, where dense MLA and 4-bit layers are other code of vLLM's than on CPUs."""
 
 from __future__ import annotations
 
