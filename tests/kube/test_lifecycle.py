@@ -1,0 +1,137 @@
+"""Releases that are upgraded, that cannot start, and that go."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+
+from kube.cluster import (
+    CHART,
+    CLASS,
+    FOLDER,
+    HOST,
+    RELEASE,
+    Namespace,
+    Stream,
+    call,
+    claim_on,
+    is_served,
+    stream,
+    values,
+    wait,
+)
+
+pytestmark = pytest.mark.kube
+
+GPUS = {"nvidia.com/gpu": 2}
+FRONT_DOOR = {"ingress": {"enabled": True, "className": CLASS, "hosts": [HOST]}}
+
+
+def pending(namespace: Namespace) -> str:
+    """Why the scheduler does not place the engine's pod."""
+    for condition in namespace.pod().get("status", {}).get("conditions", ()):
+        if condition["type"] == "PodScheduled" and condition["status"] == "False":
+            return str(condition.get("message", ""))
+    return ""
+
+
+def test_an_upgrade_of_a_full_node_finishes_its_streams_and_does_not_deadlock(namespace: Namespace) -> None:
+    claim_on(namespace, "demo-model")
+    resources = {"requests": {"cpu": "500m", "memory": "3Gi"}, "limits": {"memory": "6Gi", **GPUS}}
+    namespace.install(values(resources=resources, **FRONT_DOOR))
+    namespace.wait_ready()
+    wait("the front door leads to it", lambda: is_served(HOST), 60)
+    before = namespace.pod()["metadata"]["name"]
+    found: list[Stream] = []
+    thread = threading.Thread(target=lambda: found.append(stream(HOST, tokens=1500)))
+    thread.start()
+    running = f"{before}:8001/proxy/metrics"
+    wait(
+        "a stream is running",
+        lambda: any(
+            line.startswith("vllm:num_requests_running") and line.endswith(" 1.0")
+            for line in call(
+                "kubectl", "get", "--raw", f"/api/v1/namespaces/{namespace.name}/pods/{running}"
+            ).splitlines()
+        ),
+        60,
+    )
+    namespace.install(values(resources=resources, podAnnotations={"generation": "2"}, **FRONT_DOOR))
+    thread.join(200)
+    assert found, "the stream was cut"
+    assert found[0].done
+    namespace.wait_ready()
+    assert namespace.pod()["metadata"]["name"] != before
+    namespace.helm("rollback", RELEASE, "1")
+    namespace.wait_ready()
+    assert "generation" not in namespace.pod()["metadata"].get("annotations", {})
+    namespace.helm("uninstall", RELEASE, "--wait")
+    kinds = "deployment,service,ingress,job,configmap,secret,serviceaccount,pvc,networkpolicy,poddisruptionbudget"
+    left = {f"{item['kind']}/{item['metadata']['name']}" for item in namespace.get(kinds)["items"]}
+    assert left - {"ConfigMap/kube-root-ca.crt", "ServiceAccount/default"} == {
+        "Secret/vqserve-key",
+        "PersistentVolumeClaim/demo-model",
+    }
+
+
+def test_too_few_gpus_and_another_product_leave_it_pending(namespace: Namespace) -> None:
+    claim_on(namespace, "demo-model")
+    engine = {"device": "cuda", "gpus": 4, "tensorParallelSize": 4}
+    namespace.install(values(engine=engine, scheduling={}))
+    assert "Insufficient nvidia.com/gpu" in wait("it is pending", lambda: pending(namespace), 60)
+    namespace.install(values(engine={"device": "cuda", "gpus": 2}, scheduling={"products": ["NVIDIA-H100"]}))
+    wait("it is pending for the product", lambda: "affinity" in pending(namespace), 90)
+
+
+@pytest.mark.parametrize("damage", ["header", "bit"])
+def test_a_damaged_checkpoint_is_refused_by_its_files_name(damage: str, namespace: Namespace) -> None:
+    folder = Path("/var/tmp") / namespace.name
+    shutil.copytree(FOLDER, folder)
+    try:
+        name = min(path.name for path in folder.glob("*.safetensors"))
+        content = bytearray((folder / name).read_bytes())
+        content[20 if damage == "header" else len(content) // 2] ^= 0x10
+        (folder / name).write_bytes(content)
+        claim_on(namespace, "demo-model", str(folder))
+        namespace.install(values())
+        assert name in wait("the preflight's last words", lambda: namespace.last_words("preflight"), 200)
+        assert not namespace.is_ready()
+        namespace.install(values(preflight={"mode": "off"}))
+        assert name in wait("the engine's last words", lambda: namespace.last_words("engine"), 200)
+        assert not namespace.is_ready()
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_too_little_memory_is_said_in_words_before_the_kernel_kills(namespace: Namespace) -> None:
+    claim_on(namespace, "demo-model")
+    namespace.install(values(resources={"limits": {"memory": "2Gi"}, "requests": {"cpu": "100m"}}))
+    said = wait("the preflight's last words", lambda: namespace.last_words("preflight"), 200)
+    assert "too little memory" in said
+    assert "VLLM_CPU_KVCACHE_SPACE" in said or "GiB" in said
+
+
+def test_the_checkpoint_may_be_an_image(namespace: Namespace) -> None:
+    reference = "localhost/vqserve/demo-model:dev"
+    namespace.install(values(model={"source": "oci", "oci": {"reference": reference, "pullPolicy": "Never"}}))
+    namespace.wait_ready()
+
+
+def test_objects_of_every_kind_are_taken_by_the_api_server(namespace: Namespace) -> None:
+    capable = ["monitoring.coreos.com/v1", "keda.sh/v1alpha1", "inference.networking.k8s.io/v1"]
+    known = call("kubectl", "api-versions").split()
+    assert set(capable) <= set(known), "the cluster lacks custom resources that the chart makes objects of"
+    chosen = values(
+        replicaCount=2,
+        networkPolicy={"enabled": True},
+        monitoring={"serviceMonitor": {"enabled": True}},
+        inferencePool={"enabled": True, "endpointPicker": {"name": "picker"}},
+    )
+    namespace.helm("install", RELEASE, str(CHART), "--dry-run=server", values=chosen)
+    rendered = namespace.helm("template", RELEASE, str(CHART), "--validate", values=chosen)
+    namespace.kubectl("apply", "--dry-run=server", "-f", "-", stdin=rendered)
+    assert "kind: InferencePool" in rendered
+    assert "kind: PodDisruptionBudget" in rendered

@@ -1,0 +1,86 @@
+"""The demo served on a cluster, in a namespace that enforces PodSecurity `restricted`."""
+
+from __future__ import annotations
+
+import pytest
+
+from kube.cluster import HOST, RELEASE, ROUTED, Namespace, ask, content, question, stream, wait
+
+pytestmark = pytest.mark.kube
+
+DOORS = pytest.mark.parametrize("host", [HOST, ROUTED])
+
+
+def test_the_preflights_table_is_in_its_containers_log(served: Namespace) -> None:
+    pod = served.pod()["metadata"]["name"]
+    said = served.kubectl("logs", pod, "-c", "preflight")
+    assert "ok       checkpoint" in said
+    assert "ok       memory" in said
+    assert "preflight: 0 failed" in said
+    assert served.last_words("preflight").startswith("preflight: 0 failed")
+
+
+def test_helm_test_asks_it_a_sum(served: Namespace) -> None:
+    assert "46" in served.helm("test", RELEASE, "--logs")
+
+
+@DOORS
+def test_it_answers_through_the_front_door(host: str, served: Namespace) -> None:
+    status, body = ask(host, "/v1/chat/completions", question())
+    assert status == 200
+    assert "46" in content(body)
+
+
+@DOORS
+def test_a_stream_arrives_chunk_by_chunk(host: str, served: Namespace) -> None:
+    found = stream(host)
+    assert found.done
+    assert len(found.times) > 50
+    first, middle, last = found.times[0], found.times[len(found.times) // 2], found.times[-1]
+    # Held back by a proxy, all would come at the end together.
+    assert first < 0.5 * last
+    assert first < middle < 0.9 * last
+
+
+@DOORS
+@pytest.mark.parametrize("key", [None, "wrong"])
+def test_without_the_key_it_is_401(host: str, key: str | None, served: Namespace) -> None:
+    assert ask(host, "/v1/chat/completions", question(), key=key)[0] == 401
+    assert ask(host, "/v1/models", key=key)[0] == 401
+
+
+@DOORS
+@pytest.mark.parametrize("path", ["/metrics", "/ready", "/drain", "/health", "/version", "/invocations", "/v1x"])
+def test_nothing_but_the_api_is_reachable_from_outside(host: str, path: str, served: Namespace) -> None:
+    assert ask(host, path)[0] == 404
+
+
+def test_the_engines_pod_has_no_token_of_the_cluster(served: Namespace) -> None:
+    pod = served.pod()["metadata"]["name"]
+    found = served.kubectl("exec", pod, "-c", "engine", "--", "ls", "/var/run/secrets", check=False)
+    assert "No such file" in found
+
+
+def test_its_root_cannot_be_written_and_its_model_neither(served: Namespace) -> None:
+    pod = served.pod()["metadata"]["name"]
+    for place in ("/here", "/model/here"):
+        found = served.kubectl("exec", pod, "-c", "engine", "--", "touch", place, check=False)
+        assert "Read-only file system" in found
+
+
+def test_a_killed_engine_is_restarted_and_answers_again(served: Namespace) -> None:
+    pod = served.pod()["metadata"]["name"]
+    kill = (
+        "import os, pathlib\n"
+        "for at in pathlib.Path('/proc').glob('[0-9]*/comm'):\n"
+        "    if 'EngineCor' in at.read_text(): os.kill(int(at.parent.name), 9); print('killed')\n"
+    )
+    assert "killed" in served.kubectl("exec", pod, "-c", "engine", "--", "python3", "-c", kill)
+
+    def restarted() -> bool:
+        [status] = served.pod()["status"]["containerStatuses"]
+        return bool(status["restartCount"] == 1 and status["ready"])
+
+    wait("the engine is back", restarted, 300)
+    wait("it answers", lambda: ask(HOST, "/v1/chat/completions", question())[0] == 200, 60)
+    assert "46" in ask(HOST, "/v1/chat/completions", question())[1]
