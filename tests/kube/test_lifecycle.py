@@ -26,7 +26,11 @@ from kube.cluster import (
 
 pytestmark = pytest.mark.kube
 
-GPUS = {"nvidia.com/gpu": 2}
+FULL = {
+    "engine": {"device": "cuda", "gpus": 2},
+    "resources": {"requests": {"cpu": "500m", "memory": "3Gi"}, "limits": {"memory": "8Gi"}},
+}
+"""Takes both of the node's GPUs; the image for CPUs serves with two ranks there."""
 FRONT_DOOR = {"ingress": {"enabled": True, "className": CLASS, "hosts": [HOST]}}
 
 
@@ -40,8 +44,7 @@ def pending(namespace: Namespace) -> str:
 
 def test_an_upgrade_of_a_full_node_finishes_its_streams_and_does_not_deadlock(namespace: Namespace) -> None:
     claim_on(namespace, "demo-model")
-    resources = {"requests": {"cpu": "500m", "memory": "3Gi"}, "limits": {"memory": "6Gi", **GPUS}}
-    namespace.install(values(resources=resources, **FRONT_DOOR))
+    namespace.install(values(**FULL, **FRONT_DOOR))
     namespace.wait_ready()
     wait("the front door leads to it", lambda: is_served(HOST), 60)
     before = namespace.pod()["metadata"]["name"]
@@ -59,7 +62,7 @@ def test_an_upgrade_of_a_full_node_finishes_its_streams_and_does_not_deadlock(na
         ),
         60,
     )
-    namespace.install(values(resources=resources, podAnnotations={"generation": "2"}, **FRONT_DOOR))
+    namespace.install(values(podAnnotations={"generation": "2"}, **FULL, **FRONT_DOOR))
     thread.join(200)
     assert found, "the stream was cut"
     assert found[0].done
@@ -81,7 +84,7 @@ def test_too_few_gpus_and_another_product_leave_it_pending(namespace: Namespace)
     claim_on(namespace, "demo-model")
     engine = {"device": "cuda", "gpus": 4, "tensorParallelSize": 4}
     namespace.install(values(engine=engine, scheduling={}))
-    assert "Insufficient nvidia.com/gpu" in wait("it is pending", lambda: pending(namespace), 60)
+    wait("it is pending for GPUs", lambda: "Insufficient nvidia.com/gpu" in pending(namespace), 60)
     namespace.install(values(engine={"device": "cuda", "gpus": 2}, scheduling={"products": ["NVIDIA-H100"]}))
     wait("it is pending for the product", lambda: "affinity" in pending(namespace), 90)
 
@@ -108,7 +111,7 @@ def test_a_damaged_checkpoint_is_refused_by_its_files_name(damage: str, namespac
 
 def test_too_little_memory_is_said_in_words_before_the_kernel_kills(namespace: Namespace) -> None:
     claim_on(namespace, "demo-model")
-    namespace.install(values(resources={"limits": {"memory": "2Gi"}, "requests": {"cpu": "100m"}}))
+    namespace.install(values(resources={"limits": {"memory": "2Gi"}, "requests": {"cpu": "100m", "memory": "1Gi"}}))
     said = wait("the preflight's last words", lambda: namespace.last_words("preflight"), 200)
     assert "too little memory" in said
     assert "VLLM_CPU_KVCACHE_SPACE" in said or "GiB" in said
@@ -116,7 +119,9 @@ def test_too_little_memory_is_said_in_words_before_the_kernel_kills(namespace: N
 
 def test_the_checkpoint_may_be_an_image(namespace: Namespace) -> None:
     reference = "localhost/vqserve/demo-model:dev"
-    namespace.install(values(model={"source": "oci", "oci": {"reference": reference, "pullPolicy": "Never"}}))
+    namespace.install(
+        values(model={"source": "oci", "pvc": {}, "oci": {"reference": reference, "pullPolicy": "Never"}})
+    )
     namespace.wait_ready()
 
 
@@ -128,6 +133,7 @@ def test_objects_of_every_kind_are_taken_by_the_api_server(namespace: Namespace)
         replicaCount=2,
         networkPolicy={"enabled": True},
         monitoring={"serviceMonitor": {"enabled": True}},
+        route={"enabled": True, "parentRefs": [{"name": "front"}], "hostnames": [HOST]},
         inferencePool={"enabled": True, "endpointPicker": {"name": "picker"}},
     )
     namespace.helm("install", RELEASE, str(CHART), "--dry-run=server", values=chosen)
