@@ -71,6 +71,8 @@ lock: .venv/.dev
 	$(LOCK) plugin/pyproject.toml --extra cpu --extra plot --override $(LOCKS)/overrides.txt $(LOCK_TORCH) -o $(LOCKS)/cpu.txt
 	$(LOCK) --group pyproject.toml:dev --constraint $(LOCKS)/cpu.txt -o $(LOCKS)/dev.txt
 	$(LOCK) --group pyproject.toml:kernels -o $(LOCKS)/kernels.txt
+	$(LOCK) plugin/pyproject.toml --extra cuda --override $(LOCKS)/cuda-overrides.txt --constraint <(sed -n \
+	  '/^torch==\|^apache-tvm-ffi==/d; s/^\([a-z].*==[^ ]*\) .*/\1/p' $(LOCKS)/{cpu,kernels}.txt) -o $(LOCKS)/cuda.txt
 	$(LOCK) --group pyproject.toml:images --constraint $(LOCKS)/cpu.txt -o images/locks/tools.txt
 
 # Debian 12 has glibc 2.36. LOCK_TORCH says where uv finds the CPU build of torch: uv reads none of pip's configuration.
@@ -81,7 +83,7 @@ LOCK = UV_CUSTOM_COMPILE_COMMAND='make lock' $(BIN)/uv pip compile --quiet --gen
 # As root in a container takes it, which CI is; elsewhere e.g. PODMAN=docker PODMAN_BUILD= PODMAN_RUN='--network host'.
 # BASE: an image of Debian 12 to build on; empty: Docker Hub's. What `make image-base` makes is `$(LOCAL_BASE)`.
 PODMAN ?= podman --cgroup-manager cgroupfs --runtime runc
-LIMITS := --network host --ulimit nofile=$(shell ulimit -n) --ulimit nproc=$(shell ulimit -u)
+LIMITS := --network host --ulimit nofile=$(shell ulimit -n) --ulimit nproc=32768
 PODMAN_BUILD ?= --isolation chroot $(LIMITS)
 PODMAN_RUN ?= $(LIMITS)
 BASE ?=
@@ -101,7 +103,15 @@ image: .venv/.dev
 	index='$(TORCH_INDEX)'; $(FINDS_TORCH) && index=; \
 	images/build serve-cpu $(IMAGES)/serve-cpu:$(IMAGE_TAG) --build-arg "TORCH_INDEX=$$index"
 	images/build ops $(IMAGES)/ops:$(IMAGE_TAG)
-	$(BIN)/pytest -m system tests/images
+	$(BIN)/pytest -m system tests/images/test_serve_cpu.py tests/images/test_ops.py
+
+## image-serve  build the CUDA image serve, FLAVOUR=dense or sparse, and test what can be without a GPU (gigabytes)
+.PHONY: image-serve
+image-serve: .venv/.dev
+	images/build serve $(IMAGES)/serve:$(IMAGE_TAG)-$(FLAVOUR) --build-arg FLAVOUR=$(FLAVOUR) $(SERVE_BUILD)
+	FLAVOUR=$(FLAVOUR) $(BIN)/pytest -m system tests/images/test_serve.py
+FLAVOUR ?= dense
+SERVE_BUILD ?=
 
 ## clean   remove .venv and every cache
 .PHONY: clean

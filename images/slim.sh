@@ -1,12 +1,14 @@
 #!/bin/sh
-# Takes out of a virtual environment what a server never reads, and compiles the rest. Usage: slim.sh VENV
+# Takes out of a virtual environment what a server never reads, and compiles the rest: slim.sh VENV. KEEP_HEADERS, if not
+# empty, leaves what extensions are compiled against.
 set -eu
 venv=$1
 site=$venv/lib/python3.11/site-packages
 cd "$site"
 
 # Only where nothing else imports them: torch.testing and numpy.testing stay.
-rm -rf torch/include torch/share torch/test torch/lib/libtorchbind_test.so numba/tests
+rm -rf torch/test torch/lib/libtorchbind_test.so numba/tests
+[ -n "${KEEP_HEADERS:-}" ] || rm -rf torch/include torch/share
 find torch/bin -type f ! -name torch_shm_manager -delete
 find numpy scipy sympy networkx -type d -name tests -prune -exec rm -rf {} +
 find . -name '*.a' -delete

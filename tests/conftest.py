@@ -23,8 +23,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The quick tests first, those that start a server last, each kind in its own order. No GPU tests without a GPU, and tests of
-    whole systems only where `-m system` asks for them.
+    """The quick tests first, those that start a server last, each kind in its own order.
+
+    No GPU tests without a GPU, and tests of whole systems only where `-m system` asks for them.
     """
     if not torch.cuda.is_available():
         needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
