@@ -10,7 +10,9 @@ cd "$site"
 rm -rf torch/test torch/lib/libtorchbind_test.so numba/tests
 [ -n "${KEEP_HEADERS:-}" ] || rm -rf torch/include torch/share
 find torch/bin -type f ! -name torch_shm_manager -delete
-find numpy scipy sympy networkx -type d -name tests -prune -exec rm -rf {} +
+for package in networkx numpy scipy sympy; do
+  [ ! -d "$package" ] || find "$package" -type d -name tests -prune -exec rm -rf {} +
+done
 find . -name '*.a' -delete
 
 # vLLM's own libraries come with symbols; those of torch are left as their wheel has them.

@@ -20,12 +20,12 @@ LOCKED_DOWN = (
 """What Kubernetes' PodSecurity `restricted` asks for, and a root that cannot be written."""
 
 
-def image(name: str) -> str:
+def image(name: str, suffix: str = "") -> str:
     """The full name of one of our images; fails with the remedy if it has not been built."""
-    full = f"{os.environ.get('IMAGES', 'localhost/vqserve')}/{name}:{os.environ.get('IMAGE_TAG', 'dev')}"
+    full = f"{os.environ.get('IMAGES', 'localhost/vqserve')}/{name}:{os.environ.get('IMAGE_TAG', 'dev')}{suffix}"
     if subprocess.run([*_podman(), "image", "inspect", full], capture_output=True, check=False).returncode:
         target = "image-serve" if name == "serve" else "image"
-        pytest.fail(f"{full} is not there: `make {target}` builds it, where podman or docker is, and runs this test")
+        pytest.fail(f"{full} is not there: `make {target}`, which needs podman or docker, builds it and runs this test")
     return full
 
 
@@ -35,9 +35,9 @@ def run_command(image: str, *command: str, options: tuple[str, ...] = ()) -> lis
     return [*_podman(), "run", "--rm", *limits, *LOCKED_DOWN, *options, image, *command]
 
 
-def output_of(image: str, *command: str) -> str:
+def output_of(image: str, *command: str, options: tuple[str, ...] = ()) -> str:
     """What a command prints in a locked-down container."""
-    done = subprocess.run(run_command(image, *command), capture_output=True, text=True, check=False)
+    done = subprocess.run(run_command(image, *command, options=options), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

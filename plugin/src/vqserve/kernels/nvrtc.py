@@ -2,7 +2,7 @@
 
 A source is one `.cu` file of the package and what all share, `device.cuh`. Its cubin is kept in
 `$XDG_CACHE_HOME/vqserve/kernels` (default `~/.cache`) under the hash of all that it depends on: both files, options,
-NVRTC's version. An image brings cubins in the package's folder `built`, under the same names: they are looked for first.
+NVRTC's version. An image brings cubins in the package's folder `built`, under the same names: those are read first.
 Compiling needs no GPU; loading and launching take torch's current device and stream, and never synchronize.
 """
 
