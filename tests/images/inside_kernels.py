@@ -22,9 +22,12 @@ def load(package: str, name: str, kernel: str, device: int, shared: int = 0, def
 
 if __name__ == "__main__":
     cubins: set[bytes] = set()
-    with mock.patch.multiple(gather, load_kernel=load), mock.patch.multiple(lut, load_kernel=load):
-        with mock.patch.object(nvrtc, "_compile", side_effect=AssertionError("not in the image")):
-            moe.compile_all(torch.device("cuda", 0))
+    with (
+        mock.patch.multiple(gather, load_kernel=load),
+        mock.patch.multiple(lut, load_kernel=load),
+        mock.patch.object(nvrtc, "_compile", side_effect=AssertionError("not in the image")),
+    ):
+        moe.compile_all(torch.device("cuda", 0))
     source = (Path(driver.dirname) / "driver.c").read_text()
     key = hashlib.sha256((source + build.platform_key()).encode()).hexdigest()
     found = get_cache_manager(key).get_file("cuda_utils.cpython-311-x86_64-linux-gnu.so")
