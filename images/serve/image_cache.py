@@ -9,7 +9,7 @@ from triton.runtime.cache import FileCacheManager
 BUILT = Path(__file__).with_name("triton")
 
 
-class ImageCache(FileCacheManager):
+class ImageCache(FileCacheManager):  # type: ignore[misc] # triton is not in .venv
     """Reads from the image what `ahead.py` compiled, all else as ever."""
 
     def get_file(self, filename: str) -> str | None:
