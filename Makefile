@@ -16,6 +16,7 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --only-binary 
 # is taken is settled by the hash in the lock either way.
 TORCH := $(shell grep -o '^torch==[^ ]*' $(LOCKS)/cpu.txt)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+FINDS_TORCH = $(BIN)/pip install --quiet --dry-run --no-deps '$(TORCH)' >/dev/null 2>&1
 
 .PHONY: help
 help:
@@ -40,7 +41,7 @@ test: .venv/.dev .venv-kernels/.done
 	$(BIN)/pytest
 	TRITON_INTERPRET=1 .venv-kernels/bin/python -m pytest tests/kernels
 
-## lint    check style, types, import rules, change notes, YAML, shell and the chart
+## lint    check style, types, import rules, change notes, YAML, shell, images and the chart
 .PHONY: lint
 lint: .venv/.dev
 	$(BIN)/ruff check
@@ -48,7 +49,8 @@ lint: .venv/.dev
 	$(BIN)/lint-imports --no-logo --cache-dir .venv/.cache/imports
 	$(BIN)/mypy
 	$(BIN)/yamllint --strict .
-	$(BIN)/shellcheck .ci/run
+	$(BIN)/shellcheck .ci/run images/base images/build images/*.sh
+	$(BIN)/hadolint images/*/Containerfile
 	for values in charts/vqserve/ci/*.yaml; do $(BIN)/helm lint --quiet --strict charts/vqserve --values "$$values"; done
 	$(BIN)/towncrier build --draft --version next >/dev/null
 
@@ -69,11 +71,47 @@ lock: .venv/.dev
 	$(LOCK) plugin/pyproject.toml --extra cpu --extra plot --override $(LOCKS)/overrides.txt $(LOCK_TORCH) -o $(LOCKS)/cpu.txt
 	$(LOCK) --group pyproject.toml:dev --constraint $(LOCKS)/cpu.txt -o $(LOCKS)/dev.txt
 	$(LOCK) --group pyproject.toml:kernels -o $(LOCKS)/kernels.txt
+	$(LOCK) plugin/pyproject.toml --extra cuda --override $(LOCKS)/cuda-overrides.txt --constraint <(sed -n \
+	  '/^torch==\|^apache-tvm-ffi==/d; s/^\([a-z].*==[^ ]*\) .*/\1/p' $(LOCKS)/{cpu,kernels}.txt) -o $(LOCKS)/cuda.txt
+	$(LOCK) --group pyproject.toml:images --constraint $(LOCKS)/cpu.txt -o images/locks/tools.txt
 
 # Debian 12 has glibc 2.36. LOCK_TORCH says where uv finds the CPU build of torch: uv reads none of pip's configuration.
 LOCK_TORCH ?= --torch-backend cpu
 LOCK = UV_CUSTOM_COMPILE_COMMAND='make lock' $(BIN)/uv pip compile --quiet --generate-hashes --only-binary :all: \
 	--python-version 3.11 --python-platform x86_64-manylinux_2_36 $(UPGRADE)
+
+# As root in a container takes it, which CI is; elsewhere e.g. PODMAN=docker PODMAN_BUILD= PODMAN_RUN='--network host'.
+# BASE: an image of Debian 12 to build on; empty: Docker Hub's. What `make image-base` makes is `$(LOCAL_BASE)`.
+PODMAN ?= podman --cgroup-manager cgroupfs --runtime runc
+LIMITS := --network host --ulimit nofile=$(shell ulimit -n) --ulimit nproc=32768
+PODMAN_BUILD ?= --isolation chroot $(LIMITS)
+PODMAN_RUN ?= $(LIMITS)
+BASE ?=
+LOCAL_BASE := localhost/vqserve-base:bookworm
+IMAGES ?= localhost/vqserve
+IMAGE_TAG ?= dev
+export BIN PODMAN PODMAN_BUILD PODMAN_RUN BASE IMAGES IMAGE_TAG
+
+## image-base  make a Debian 12 to build on from Debian's packages: `make image BASE=localhost/vqserve-base:bookworm`
+.PHONY: image-base
+image-base:
+	images/base $(LOCAL_BASE)
+
+## image   build the images serve-cpu and ops, and test them in containers
+.PHONY: image
+image: .venv/.dev
+	index='$(TORCH_INDEX)'; $(FINDS_TORCH) && index=; \
+	images/build serve-cpu $(IMAGES)/serve-cpu:$(IMAGE_TAG) --build-arg "TORCH_INDEX=$$index"
+	images/build ops $(IMAGES)/ops:$(IMAGE_TAG)
+	$(BIN)/pytest -m system tests/images/test_serve_cpu.py tests/images/test_ops.py
+
+## image-serve  build the CUDA image serve, FLAVOUR=dense or sparse, and test what can be without a GPU (gigabytes)
+.PHONY: image-serve
+image-serve: .venv/.dev
+	images/build serve $(IMAGES)/serve:$(IMAGE_TAG)-$(FLAVOUR) --build-arg FLAVOUR=$(FLAVOUR) $(SERVE_BUILD)
+	FLAVOUR=$(FLAVOUR) $(BIN)/pytest -m system tests/images/test_serve.py
+FLAVOUR ?= dense
+SERVE_BUILD ?=
 
 ## clean   remove .venv and every cache
 .PHONY: clean
@@ -89,7 +127,7 @@ $(BIN)/python:
 
 .venv/.runtime: $(LOCKS)/cpu.txt plugin/pyproject.toml | $(BIN)/python
 	@echo 'Installing into .venv: torch, vLLM for CPU and what they need (2.5 GB on disk; a few minutes, once)'
-	@$(BIN)/pip install --quiet --dry-run --no-deps '$(TORCH)' >/dev/null 2>&1 || index='--extra-index-url $(TORCH_INDEX)'; \
+	@$(FINDS_TORCH) || index='--extra-index-url $(TORCH_INDEX)'; \
 	$(INSTALL) $${index:-} -r $<
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e plugin
 	@touch $@

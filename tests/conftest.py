@@ -23,11 +23,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The quick tests first, those that start a server last, each kind in its own order; no GPU tests without a GPU."""
+    """The quick tests first, those that start a server last, each kind in its own order.
+
+    No GPU tests without a GPU, and tests of whole systems and clusters only where `-m` asks for them.
+    """
     if not torch.cuda.is_available():
         needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
         config.hook.pytest_deselected(items=needs_gpu)
         items[:] = [item for item in items if item not in needs_gpu]
+    for marker in ("system", "kube"):
+        if marker not in config.option.markexpr:
+            needs_more = [item for item in items if item.get_closest_marker(marker)]
+            config.hook.pytest_deselected(items=needs_more)
+            items[:] = [item for item in items if item not in needs_more]
     items.sort(key=lambda item: [item.get_closest_marker(name) is not None for name in ("e2e", "slow")])
 
 

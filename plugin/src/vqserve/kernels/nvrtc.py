@@ -2,8 +2,8 @@
 
 A source is one `.cu` file of the package and what all share, `device.cuh`. Its cubin is kept in
 `$XDG_CACHE_HOME/vqserve/kernels` (default `~/.cache`) under the hash of all that it depends on: both files, options,
-NVRTC's version. Compiling needs no GPU; loading and launching take torch's current device and stream, and never
-synchronize.
+NVRTC's version. An image brings cubins in the package's folder `built`, under the same names: those are read first.
+Compiling needs no GPU; loading and launching take torch's current device and stream, and never synchronize.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def arch_of(capability: tuple[int, int]) -> str:
 
 
 def compile_source(package: str, name: str, arch: str, defines: Sequence[str] = ()) -> bytes:
-    """The cubin of the source `name` in `package`, from the cache or compiled now.
+    """The cubin of the source `name` in `package`, from the image, from the cache or compiled now.
 
     Args:
         package: Package that holds the source, e.g. `vqserve.kernels.vq_moe`.
@@ -56,7 +56,11 @@ def compile_source(package: str, name: str, arch: str, defines: Sequence[str] = 
     options = [*OPTIONS, f"--gpu-architecture={arch}", *(f"--define-macro={define}" for define in defines)]
     version = _checked(nvrtc.nvrtcVersion(), "its version")
     key = hashlib.sha256(b"\0".join([source, shared, repr((options, version)).encode()])).hexdigest()
-    path = _cache_folder() / f"{Path(name).stem}-{arch}-{key}.cubin"
+    file_name = f"{Path(name).stem}-{arch}-{key}.cubin"
+    built = resources.files("vqserve.kernels").joinpath("built", file_name)
+    if built.is_file():
+        return built.read_bytes()
+    path = _cache_folder() / file_name
     if path.is_file():
         return path.read_bytes()
     cubin = _compile(nvrtc, source, name, options)
