@@ -60,10 +60,11 @@ format: .venv/.dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-## chart   write the chart's values, their schema and table anew from charts/values.py
+## chart   write the chart's values, their schema and table anew from charts/values.py, and package it into build/
 .PHONY: chart
 chart: .venv/.dev
 	$(BIN)/python charts/generate.py
+	$(BIN)/helm package charts/vqserve --destination build
 
 ## lock    resolve the locks anew; UPGRADE=--upgrade takes newer versions
 .PHONY: lock
@@ -104,6 +105,33 @@ image: .venv/.dev
 	images/build serve-cpu $(IMAGES)/serve-cpu:$(IMAGE_TAG) --build-arg "TORCH_INDEX=$$index"
 	images/build ops $(IMAGES)/ops:$(IMAGE_TAG)
 	$(BIN)/pytest -m system tests/images/test_serve_cpu.py tests/images/test_ops.py
+
+## test-system  what needs Debian's podman, runc and debootstrap: build the images and test them in containers
+.PHONY: test-system
+test-system: image
+
+# A cluster, a way to load an archive of an image into its nodes, and one to run commands with KUBECONFIG and kubectl. With
+# kind: KUBE_UP='kind create cluster' KUBE_LOAD='kind load image-archive' KUBE_RUN= KUBE_DOWN='kind delete cluster'.
+KUBE ?= ../shared/kube/cluster
+KUBE_UP ?= $(KUBE) up
+KUBE_LOAD ?= $(KUBE) load
+KUBE_RUN ?= $(KUBE) run --
+KUBE_DOWN ?= $(KUBE) down
+HELM ?= $(CURDIR)/$(BIN)/helm
+KUBE_TESTS ?= tests/kube
+
+## test-kube  install the chart on a real cluster (Debian: runc containernetworking-plugins iproute2 nftables; `make image`)
+.PHONY: test-kube
+test-kube: .venv/.dev
+	images/build demo-model $(IMAGES)/demo-model:$(IMAGE_TAG)
+	$(KUBE_UP)
+	scratch=$$(mktemp -d -p /var/tmp); trap 'rm -rf "$$scratch"' EXIT; \
+	for name in serve-cpu ops demo-model; do \
+	  $(PODMAN) save --quiet --format oci-archive --output "$$scratch/$$name.tar" $(IMAGES)/$$name:$(IMAGE_TAG); \
+	  $(KUBE_LOAD) "$$scratch/$$name.tar"; rm "$$scratch/$$name.tar"; \
+	done
+	$(KUBE_RUN) env HELM=$(HELM) IMAGES=$(IMAGES) IMAGE_TAG=$(IMAGE_TAG) $(BIN)/pytest -m kube $(KUBE_TESTS)
+	$(KUBE_DOWN)
 
 ## image-serve  build the CUDA image serve, FLAVOUR=dense or sparse, and test what can be without a GPU (gigabytes)
 .PHONY: image-serve

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 CHART = Path(__file__).parents[2] / "charts" / "vqserve"
-IMAGE = os.environ.get("VQSERVE_IMAGE", "localhost/vqserve/serve-cpu:dev")
-"""The image `serve-cpu`, which the nodes have."""
+IMAGES = os.environ.get("IMAGES", "localhost/vqserve")
+TAG = os.environ.get("IMAGE_TAG", "dev")
+"""The images `serve-cpu`, `ops` and `demo-model`, which the nodes have."""
 FOLDER = os.environ.get("VQSERVE_NODE_FOLDER", str(CHART.parents[1] / "plugin" / "demo" / "model"))
 """Folder of the demo checkpoint on the node, readable by every user."""
 HELM = shlex.split(os.environ.get("HELM", "helm"))
@@ -177,9 +178,9 @@ def claim_on(namespace: Namespace, name: str, folder: str = FOLDER, mode: str = 
 
 def values(**more: Any) -> dict[str, Any]:
     """The demo on CPUs, `more` laid over it a level deep."""
-    repository, _, tag = IMAGE.rpartition(":")
     chosen: dict[str, Any] = {
-        "image": {"repository": repository, "tag": tag},
+        "image": {"repository": f"{IMAGES}/serve-cpu", "tag": TAG},
+        "opsImage": {"repository": f"{IMAGES}/ops", "tag": TAG},
         "engine": {"device": "cpu", "gpus": 0},
         "model": {"source": "pvc", "pvc": {"claimName": "demo-model"}},
         "preflight": {"mode": "refuse"},

@@ -13,7 +13,9 @@ from kube.cluster import (
     CLASS,
     FOLDER,
     HOST,
+    IMAGES,
     RELEASE,
+    TAG,
     Namespace,
     Stream,
     call,
@@ -118,7 +120,7 @@ def test_too_little_memory_is_said_in_words_before_the_kernel_kills(namespace: N
 
 
 def test_the_checkpoint_may_be_an_image(namespace: Namespace) -> None:
-    reference = "localhost/vqserve/demo-model:dev"
+    reference = f"{IMAGES}/demo-model:{TAG}"
     namespace.install(
         values(model={"source": "oci", "pvc": {}, "oci": {"reference": reference, "pullPolicy": "Never"}})
     )
