@@ -8,8 +8,8 @@ import os
 import re
 from pathlib import Path
 
-from vqserve.format.errors import UsageError
-from vqserve.format.manifest import MANIFEST, FileRecord, ManifestError, read_manifest
+from vqserve.format.errors import ManifestError, UsageError
+from vqserve.format.manifest import MANIFEST, FileRecord, read_manifest
 from vqserve_ops.errors import FailedError
 from vqserve_ops.stage.folder import Destination
 from vqserve_ops.stage.http import Web
@@ -58,14 +58,17 @@ def run(args: argparse.Namespace) -> int:
     if args.wait:
         wait_until_staged(destination, where.name if isinstance(where, Folder) else where.shown, args.manifest_sha256)
         return 0
-    source: Source = where
-    if isinstance(where, Address):
-        source = Web(where, _token(args.token_file, args.source), args.parallel)
-    if isinstance(where, Folder) and where.path.resolve() == args.destination.resolve():
-        raise UsageError(f"{args.destination}: source and destination are the same folder; name another")
     with destination.locked():
-        stage(source, destination, args.manifest_sha256, args.parallel)
+        stage(_source(where, args), destination, args.manifest_sha256, args.parallel)
     return 0
+
+
+def _source(where: Address | Folder, args: argparse.Namespace) -> Source:
+    if isinstance(where, Address):
+        return Web(where, _token(args.token_file, args.source), args.parallel)
+    if where.path.resolve() == args.destination.resolve():
+        raise UsageError(f"{args.destination}: source and destination are the same folder; name another")
+    return where
 
 
 def stage(source: Source, destination: Destination, manifest_sha256: str | None, parallel: int) -> None:
@@ -121,10 +124,8 @@ def _read_whole(source: Source) -> bytes:
             return bytes(content)
         except InterruptedSourceError as error:
             if attempt == _MANIFEST_TRIES:
-                problem = f"{error}, in {attempt} tries"
-                raise FailedError(
-                    f"{source.where(MANIFEST)}: {problem}; check the address, then run it again"
-                ) from error
+                problem = f"{error}, in {attempt} tries; check the address, then run it again"
+                raise FailedError(f"{source.where(MANIFEST)}: {problem}") from error
             pause_before(attempt, error.wait)
     raise AssertionError("the last try returns or raises")
 

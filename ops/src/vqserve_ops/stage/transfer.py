@@ -98,7 +98,7 @@ class Transfer:
             FailedError: The source failed for good.
             UsageError: The disk is full.
         """
-        for name, record in missing.items():
+        for name in missing:
             path = self._to.path / name
             if path.is_file() or path.is_symlink():
                 path.unlink()
@@ -227,10 +227,8 @@ class Transfer:
 
     def _pause(self, name: str, in_vain: int, problem: InterruptedSourceError) -> None:
         if in_vain >= TRIES:
-            where = self._source.where(name)
-            raise FailedError(
-                f"{where}: {problem}, in {in_vain} tries; run it again later: it goes on where it stopped"
-            )
+            found = f"{self._source.where(name)}: {problem}, in {in_vain} tries"
+            raise FailedError(f"{found}; run it again later: it goes on where it stopped")
         if self._stop.wait(pause_seconds(in_vain, problem.wait)):
             raise Stopped
 
@@ -260,7 +258,7 @@ class Transfer:
 
 def pause_seconds(in_vain: int, asked: float | None) -> float:
     """How long to wait after so many tries in vain, at least as long as the source asks for within reason."""
-    seconds = min(PAUSE * 2**in_vain, LONGEST_PAUSE) * random.uniform(0.5, 1)
+    seconds: float = min(PAUSE * 2.0**in_vain, LONGEST_PAUSE) * random.uniform(0.5, 1)
     return max(seconds, min(asked or 0.0, 2 * LONGEST_PAUSE))
 
 
