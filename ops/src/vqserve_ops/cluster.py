@@ -1,0 +1,183 @@
+"""The one module that talks to Kubernetes: objects come as the API has them in JSON, errors as one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import urllib3
+import yaml
+from kubernetes import client, config, stream
+from kubernetes.config.config_exception import ConfigException
+
+from vqserve.format.errors import UsageError
+from vqserve_ops.errors import FailedError
+from vqserve_ops.objects import Object
+
+_SECONDS = 30
+_KINDS = {
+    "ConfigMap": ("CoreV1Api", "config_map"),
+    "Deployment": ("AppsV1Api", "deployment"),
+    "Event": ("CoreV1Api", "event"),
+    "Job": ("BatchV1Api", "job"),
+    "PersistentVolumeClaim": ("CoreV1Api", "persistent_volume_claim"),
+    "Pod": ("CoreV1Api", "pod"),
+    "ReplicaSet": ("AppsV1Api", "replica_set"),
+    "Secret": ("CoreV1Api", "secret"),
+    "Service": ("CoreV1Api", "service"),
+}
+
+
+class ForbiddenError(FailedError):
+    """The cluster does not let this user do it."""
+
+
+class Cluster:
+    """A namespace of the cluster that KUBECONFIG, or the pod this runs in, stands for.
+
+    Args:
+        namespace: Its name; None for the one that the configuration has.
+
+    Raises:
+        UsageError: There is no such configuration.
+    """
+
+    def __init__(self, namespace: str | None) -> None:
+        try:
+            config.load_config()
+        except (ConfigException, OSError, yaml.YAMLError) as error:
+            raise UsageError(f"no cluster is configured ({error}); set KUBECONFIG, or run it in a pod") from error
+        self.namespace = namespace or _own_namespace()
+
+    def listed(self, kind: str, labels: Mapping[str, str] | None = None) -> list[Object]:
+        """All objects of a kind, or those with these labels."""
+        selector = ",".join(f"{name}={value}" for name, value in (labels or {}).items())
+        found = self._asked("list", kind, label_selector=selector)
+        items: list[Object] = found.get("items") or []
+        return items
+
+    def get(self, kind: str, name: str) -> Object | None:
+        """An object, or None if there is none of that name."""
+        try:
+            return self._asked("read", kind, name=name)
+        except LookupError:
+            return None
+
+    def create(self, kind: str, body: Object) -> Object:
+        """Makes an object."""
+        return self._asked("create", kind, body=body)
+
+    def delete(self, kind: str, name: str) -> None:
+        """Removes an object and what it owns."""
+        try:
+            self._asked("delete", kind, name=name, propagation_policy="Background")
+        except LookupError:
+            return
+
+    def nodes(self) -> list[Object]:
+        """All nodes; none if this user may not look at them."""
+        try:
+            with self._speaking("list nodes"):
+                found = _read(client.CoreV1Api().list_node(_preload_content=False, _request_timeout=_SECONDS))
+        except ForbiddenError:
+            return []
+        items: list[Object] = json.loads(found).get("items") or []
+        return items
+
+    def version(self) -> str:
+        """Of the API server."""
+        with self._speaking("read its version"):
+            return str(client.VersionApi().get_code(_request_timeout=_SECONDS).git_version)
+
+    def log(self, pod: str, container: str, *, previous: bool = False, lines: int = 200) -> str:
+        """The last lines of a container's log; empty if there is none."""
+        try:
+            with self._speaking(f"read the log of pod {pod}"):
+                answer = client.CoreV1Api().read_namespaced_pod_log(
+                    pod, self.namespace, container=container, previous=previous, tail_lines=lines,
+                    _preload_content=False, _request_timeout=_SECONDS,
+                )  # fmt: skip
+                return _read(answer).decode("utf-8", "replace")
+        except (LookupError, ForbiddenError):
+            return ""
+
+    def execute(self, pod: str, container: str, command: Sequence[str], seconds: float) -> tuple[int, str]:
+        """Runs a command in a container.
+
+        Returns:
+            Its exit code and what it printed.
+
+        Raises:
+            FailedError: It has not ended in time.
+        """
+        with self._speaking(f"run `{command[0]}` in pod {pod}"):
+            answer = stream.stream(
+                client.CoreV1Api().connect_get_namespaced_pod_exec, pod, self.namespace, container=container,
+                command=list(command), stdout=True, stderr=True, stdin=False, tty=False, _preload_content=False,
+            )  # fmt: skip
+            try:
+                answer.run_forever(timeout=seconds)
+                printed = str(answer.read_all())
+                if answer.is_open():
+                    raise FailedError(f"pod {pod}: `{' '.join(command)}` has not ended in {seconds:.0f} s; see its log")
+                return int(answer.returncode), printed
+            finally:
+                answer.close()
+
+    def _asked(self, verb: str, kind: str, **arguments: Any) -> dict[str, Any]:
+        api, name = _KINDS[kind]
+        call: Callable[..., Any] = getattr(getattr(client, api)(), f"{verb}_namespaced_{name}")
+        with self._speaking(f"{verb} {kind} {arguments.get('name', '')}".rstrip()):
+            answer = call(
+                namespace=self.namespace, _preload_content=False, _request_timeout=_SECONDS,
+                **{key: value for key, value in arguments.items() if value != ""},
+            )  # fmt: skip
+            found: dict[str, Any] = json.loads(_read(answer))
+            return found
+
+    @contextmanager
+    def _speaking(self, what: str) -> Iterator[None]:
+        """Turns what the API may answer into an error that a person can act on; LookupError if nothing is there."""
+        where = f"namespace {self.namespace}"
+        try:
+            yield
+        except client.ApiException as error:
+            if error.status in (400, 404):
+                raise LookupError(what) from error
+            if error.status == 403:
+                problem = f"this user may not {what}"
+                raise ForbiddenError(f"{where}: {problem}; have a Role bound that allows it") from error
+            if error.status == 401:
+                raise FailedError(f"{where}: the cluster does not know this user; log in anew") from error
+            said = f"HTTP status {error.status} {error.reason}: {_message(error.body)}".rstrip(": ")
+            raise FailedError(f"{where}: cannot {what} ({said}); run it again, then look at the API server") from error
+        except urllib3.exceptions.HTTPError as error:
+            raise FailedError("no answer from the cluster's API server; check KUBECONFIG and the network") from error
+
+
+def _read(answer: Any) -> bytes:
+    status, data = int(answer.status), bytes(answer.data)
+    if not 200 <= status <= 299:
+        raise client.ApiException(status=status, reason=str(answer.reason), body=data.decode("utf-8", "replace"))
+    return data
+
+
+def _message(body: object) -> str:
+    try:
+        return str(json.loads(str(body))["message"])
+    except (ValueError, KeyError, TypeError):
+        return ""
+
+
+def _own_namespace() -> str:
+    try:
+        _, active = config.list_kube_config_contexts()  # type: ignore[no-untyped-call]
+        return str(active["context"].get("namespace") or "default")
+    except (ConfigException, OSError, KeyError, TypeError):
+        try:
+            with open("/var/run/secrets/kubernetes.io/serviceaccount/namespace", encoding="utf-8") as file:  # noqa: PTH123 - a mount
+                return file.read().strip()
+        except OSError:
+            return "default"
