@@ -46,7 +46,7 @@ class Cluster:
 
     def __init__(self, namespace: str | None) -> None:
         try:
-            config.load_config()
+            config.load_config()  # type: ignore[no-untyped-call]
         except (ConfigException, OSError, yaml.YAMLError) as error:
             raise UsageError(f"no cluster is configured ({error}); set KUBECONFIG, or run it in a pod") from error
         self.namespace = namespace or _own_namespace()
@@ -102,6 +102,14 @@ class Cluster:
                 return _read(answer).decode("utf-8", "replace")
         except (LookupError, ForbiddenError):
             return ""
+
+    def get_from_pod(self, pod: str, port: int, path: str) -> str:
+        """What a pod's server answers to GET, asked through the API server."""
+        with self._speaking(f"ask pod {pod} through the API server (pods/proxy)"):
+            answer = client.CoreV1Api().connect_get_namespaced_pod_proxy_with_path(
+                f"{pod}:{port}", self.namespace, path, _preload_content=False, _request_timeout=_SECONDS
+            )
+            return _read(answer).decode("utf-8", "replace")
 
     def execute(self, pod: str, container: str, command: Sequence[str], seconds: float) -> tuple[int, str]:
         """Runs a command in a container.
