@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_release(parser)
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: vqserve-RELEASE-TIME.tar.gz, here")
     parser.epilog = (
-        "Secrets are removed by key, look and value. Logs may hold what users asked: look before you send it."
+        "Secrets are removed by key, look and value. Logs may hold what users asked: look before sending it."
     )
 
 
@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
     files = collected(cluster, args.release)
     with replacing(path) as unfinished:
         write_archive(unfinished, f"vqserve-{args.release}-{stamp}", files)
+    path.chmod(0o600)
     print(f"{path}: {len(files)} files, {path.stat().st_size:,} bytes, secrets removed; look at it before you send it")
     return 0
 

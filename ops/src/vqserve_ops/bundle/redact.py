@@ -11,7 +11,7 @@ _WORD = (
     r"(?:token|password|passwd|passphrase|secret|api[-_]?key|access[-_]?key|account[-_]?key|private[-_]?key"
     r"|client[-_]?key(?:[-_]data)?|authorization|credentials?|cookie)"
 )
-_KEY = re.compile(rf"(?:.*[^a-z])?(?:[a-z]*){_WORD}", re.IGNORECASE)
+_KEY = re.compile(rf".*{_WORD}", re.IGNORECASE)
 _REFERENCES = {"existingsecret", "secretname", "tokensecret", "serviceaccounttoken"}
 """Keys that look like secrets and hold the name of one."""
 _HIDDEN_WHOLE = ("kubectl.kubernetes.io/last-applied-configuration",)
@@ -29,7 +29,11 @@ _PATTERNS: Sequence[tuple[re.Pattern[str], str]] = (
     (re.compile(r"(https?://[^\s?\"'<>]+)\?[^\s\"'<>]+"), rf"\1?{REMOVED}"),
     (re.compile(rf"((?:^|\s)--[\w-]*{_WORD}(?:=|\s+))[^\s\"',]+", re.IGNORECASE), rf"\1{REMOVED}"),
     (
-        re.compile(rf"([\w-]*{_WORD}[\"']?\s*[=:]\s*)(?!None\b|null\b|{REMOVED})(\"[^\"]*\"|'[^']*'|[^\s,;)}}\]]+)", re.IGNORECASE),
+        re.compile(
+            rf"([\w-]*{_WORD}[\"']?[ \t]*[=:][ \t]*)(?!None\b|null\b|{REMOVED})"
+            r"(\"[^\"\n]*\"|'[^'\n]*'|[^\s,;)}\]]+)",
+            re.IGNORECASE,
+        ),
         rf"\1{REMOVED}",
     ),
 )  # fmt: skip
