@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import urllib3
@@ -17,6 +19,7 @@ from vqserve_ops.errors import FailedError
 from vqserve_ops.objects import Object
 
 _SECONDS = 30
+_MOUNTED_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 _KINDS = {
     "ConfigMap": ("CoreV1Api", "config_map"),
     "Deployment": ("AppsV1Api", "deployment"),
@@ -34,6 +37,10 @@ class ForbiddenError(FailedError):
     """The cluster does not let this user do it."""
 
 
+class AbsentError(FailedError):
+    """There is no such object, or nothing of it yet."""
+
+
 class Cluster:
     """A namespace of the cluster that KUBECONFIG, or the pod this runs in, stands for.
 
@@ -45,11 +52,23 @@ class Cluster:
     """
 
     def __init__(self, namespace: str | None) -> None:
+        settings = client.Configuration()
+        place = os.environ.get("KUBECONFIG") or str(Path.home() / ".kube" / "config")
         try:
-            config.load_config()  # type: ignore[no-untyped-call]
-        except (ConfigException, OSError, yaml.YAMLError) as error:
-            raise UsageError(f"no cluster is configured ({error}); set KUBECONFIG, or run it in a pod") from error
-        self.namespace = namespace or _own_namespace()
+            if _in_a_pod() and not os.environ.get("KUBECONFIG"):
+                config.load_incluster_config(client_configuration=settings)  # type: ignore[no-untyped-call]
+                own = _MOUNTED_NAMESPACE.read_text("utf-8").strip()
+            else:
+                config.load_kube_config(  # type: ignore[no-untyped-call]
+                    config_file=place, client_configuration=settings
+                )
+                _, active = config.list_kube_config_contexts(config_file=place)  # type: ignore[no-untyped-call]
+                own = str(active["context"].get("namespace") or "default")
+        except (ConfigException, OSError, yaml.YAMLError, KeyError, TypeError) as error:
+            problem = f"no cluster is configured ({' '.join(str(error).split())})"
+            raise UsageError(f"{problem}; set KUBECONFIG, or run it in a pod with a service account") from error
+        self.namespace = namespace or own
+        self._api = client.ApiClient(settings)
 
     def listed(self, kind: str, labels: Mapping[str, str] | None = None) -> list[Object]:
         """All objects of a kind, or those with these labels."""
@@ -62,7 +81,7 @@ class Cluster:
         """An object, or None if there is none of that name."""
         try:
             return self._asked("read", kind, name=name)
-        except LookupError:
+        except AbsentError:
             return None
 
     def create(self, kind: str, body: Object) -> Object:
@@ -73,14 +92,14 @@ class Cluster:
         """Removes an object and what it owns."""
         try:
             self._asked("delete", kind, name=name, propagation_policy="Background")
-        except LookupError:
+        except AbsentError:
             return
 
     def nodes(self) -> list[Object]:
         """All nodes; none if this user may not look at them."""
         try:
             with self._speaking("list nodes"):
-                found = _read(client.CoreV1Api().list_node(_preload_content=False, _request_timeout=_SECONDS))
+                found = _read(client.CoreV1Api(self._api).list_node(_preload_content=False, _request_timeout=_SECONDS))
         except ForbiddenError:
             return []
         items: list[Object] = json.loads(found).get("items") or []
@@ -89,24 +108,24 @@ class Cluster:
     def version(self) -> str:
         """Of the API server."""
         with self._speaking("read its version"):
-            return str(client.VersionApi().get_code(_request_timeout=_SECONDS).git_version)
+            return str(client.VersionApi(self._api).get_code(_request_timeout=_SECONDS).git_version)
 
     def log(self, pod: str, container: str, *, previous: bool = False, lines: int = 200) -> str:
         """The last lines of a container's log; empty if there is none."""
         try:
             with self._speaking(f"read the log of pod {pod}"):
-                answer = client.CoreV1Api().read_namespaced_pod_log(
+                answer = client.CoreV1Api(self._api).read_namespaced_pod_log(
                     pod, self.namespace, container=container, previous=previous, tail_lines=lines,
                     _preload_content=False, _request_timeout=_SECONDS,
                 )  # fmt: skip
                 return _read(answer).decode("utf-8", "replace")
-        except (LookupError, ForbiddenError):
+        except (AbsentError, ForbiddenError):
             return ""
 
     def get_from_pod(self, pod: str, port: int, path: str) -> str:
         """What a pod's server answers to GET, asked through the API server."""
         with self._speaking(f"ask pod {pod} through the API server (pods/proxy)"):
-            answer = client.CoreV1Api().connect_get_namespaced_pod_proxy_with_path(
+            answer = client.CoreV1Api(self._api).connect_get_namespaced_pod_proxy_with_path(
                 f"{pod}:{port}", self.namespace, path, _preload_content=False, _request_timeout=_SECONDS
             )
             return _read(answer).decode("utf-8", "replace")
@@ -122,7 +141,7 @@ class Cluster:
         """
         with self._speaking(f"run `{command[0]}` in pod {pod}"):
             answer = stream.stream(
-                client.CoreV1Api().connect_get_namespaced_pod_exec, pod, self.namespace, container=container,
+                client.CoreV1Api(self._api).connect_get_namespaced_pod_exec, pod, self.namespace, container=container,
                 command=list(command), stdout=True, stderr=True, stdin=False, tty=False, _preload_content=False,
             )  # fmt: skip
             try:
@@ -136,7 +155,7 @@ class Cluster:
 
     def _asked(self, verb: str, kind: str, **arguments: Any) -> dict[str, Any]:
         api, name = _KINDS[kind]
-        call: Callable[..., Any] = getattr(getattr(client, api)(), f"{verb}_namespaced_{name}")
+        call: Callable[..., Any] = getattr(getattr(client, api)(self._api), f"{verb}_namespaced_{name}")
         with self._speaking(f"{verb} {kind} {arguments.get('name', '')}".rstrip()):
             answer = call(
                 namespace=self.namespace, _preload_content=False, _request_timeout=_SECONDS,
@@ -147,13 +166,14 @@ class Cluster:
 
     @contextmanager
     def _speaking(self, what: str) -> Iterator[None]:
-        """Turns what the API may answer into an error that a person can act on; LookupError if nothing is there."""
+        """Turns what the API may answer into an error that a person can act on."""
         where = f"namespace {self.namespace}"
         try:
             yield
         except client.ApiException as error:
             if error.status in (400, 404):
-                raise LookupError(what) from error
+                said = _message(error.body) or str(error.reason)
+                raise AbsentError(f"{where}: cannot {what} ({said}); look whether it is still there") from error
             if error.status == 403:
                 problem = f"this user may not {what}"
                 raise ForbiddenError(f"{where}: {problem}; have a Role bound that allows it") from error
@@ -179,13 +199,5 @@ def _message(body: object) -> str:
         return ""
 
 
-def _own_namespace() -> str:
-    try:
-        _, active = config.list_kube_config_contexts()  # type: ignore[no-untyped-call]
-        return str(active["context"].get("namespace") or "default")
-    except (ConfigException, OSError, KeyError, TypeError):
-        try:
-            with open("/var/run/secrets/kubernetes.io/serviceaccount/namespace", encoding="utf-8") as file:  # noqa: PTH123 - a mount
-                return file.read().strip()
-        except OSError:
-            return "default"
+def _in_a_pod() -> bool:
+    return "KUBERNETES_SERVICE_HOST" in os.environ

@@ -61,7 +61,7 @@ def wait_until_quiet(cluster: Cluster, pod: str, port: int, timeout: float) -> N
     while quiet < _QUIET:
         try:
             left = requests_in(cluster.get_from_pod(pod, port, "metrics"))
-        except (FailedError, LookupError) as error:
+        except FailedError as error:
             problem = f"is drained, but its requests cannot be seen ({error})"
             raise FailedError(f"pod {pod}: {problem}; look at its log before it is deleted") from error
         if left is None:
