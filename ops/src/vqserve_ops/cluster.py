@@ -149,7 +149,11 @@ class Cluster:
                 printed = str(answer.read_all())
                 if answer.is_open():
                     raise FailedError(f"pod {pod}: `{' '.join(command)}` has not ended in {seconds:.0f} s; see its log")
-                return int(answer.returncode), printed
+                try:
+                    return int(answer.returncode), printed
+                except (ValueError, KeyError, TypeError) as error:
+                    problem = f"`{command[0]}` could not be run in container {container}"
+                    raise FailedError(f"pod {pod}: {problem}; look at the container's image") from error
             finally:
                 answer.close()
 
