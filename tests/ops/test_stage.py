@@ -160,13 +160,20 @@ def test_a_file_that_changes_between_tries_is_not_mixed(site: Site, dest: Path, 
     assert again["If-Range"].startswith('"')
 
 
-@pytest.mark.parametrize("fault", [other(b"y" * 3_000_001), lie(9_000_000), endless])
+@pytest.mark.parametrize(
+    ("fault", "problem"),
+    [
+        (other(b"y" * 3_000_001), "expected sha256 "),
+        (lie(9_000_000), "expected 3,000,001 bytes, found 9,000,000"),
+        (endless, "expected 3,000,001 bytes, found more"),
+    ],
+)
 def test_content_that_stays_wrong_is_named_and_no_checkpoint_is_left(
-    site: Site, dest: Path, capsys: Capture, fault: Fault
+    site: Site, dest: Path, capsys: Capture, fault: Fault, problem: str
 ) -> None:
     site.faults = {BIG: [fault] * 5}
     assert stage(site, dest) == 1
-    fails(capsys, f"/folder/{BIG}: expected", "twice")
+    fails(capsys, f"/folder/{BIG}: {problem}", "twice")
     assert not (dest / MANIFEST).exists()
     assert not (dest / BIG).exists()
     assert sum(name == BIG for name, _, _ in site.asked) == 2
@@ -305,6 +312,20 @@ def test_another_checkpoint_replaces_the_first_but_strangers_are_refused(
         assert is_whole(site, dest)
         assert stage(second, dest) == 0
         assert is_whole(second, dest)
+
+
+def test_an_earlier_checkpoint_that_is_half_replaced_is_none(site: Site, dest: Path, capsys: Capture) -> None:
+    assert stage(site, dest) == 0
+    first = dict(site.files)
+    site.files = some_files(2)
+    Destination(dest).marker.unlink()
+    site.faults = {BIG: [other(b"y" * 3_000_001)] * 2}
+    assert stage(site, dest) == 1
+    assert not (dest / MANIFEST).exists()
+    assert not Destination(dest).marker.exists()
+    site.files = first
+    assert stage(site, dest) == 0
+    assert is_whole(site, dest)
 
 
 def test_damage_in_place_is_repaired_when_it_is_staged_anew(site: Site, dest: Path) -> None:
