@@ -71,6 +71,7 @@ chart: .venv/.dev
 lock: .venv/.dev
 	$(LOCK) plugin/pyproject.toml --extra cpu --extra plot --override $(LOCKS)/overrides.txt $(LOCK_TORCH) -o $(LOCKS)/cpu.txt
 	$(LOCK) --group pyproject.toml:dev --constraint $(LOCKS)/cpu.txt -o $(LOCKS)/dev.txt
+	$(LOCK) ops/pyproject.toml --constraint $(LOCKS)/cpu.txt --constraint $(LOCKS)/dev.txt -o ops/locks/ops.txt
 	$(LOCK) --group pyproject.toml:kernels -o $(LOCKS)/kernels.txt
 	$(LOCK) plugin/pyproject.toml --extra cuda --override $(LOCKS)/cuda-overrides.txt --constraint <(sed -n \
 	  '/^torch==\|^apache-tvm-ffi==/d; s/^\([a-z].*==[^ ]*\) .*/\1/p' $(LOCKS)/{cpu,kernels}.txt) -o $(LOCKS)/cuda.txt
@@ -145,7 +146,7 @@ SERVE_BUILD ?=
 .PHONY: clean
 clean:
 	rm -rf .venv .venv-kernels .hypothesis
-	find plugin charts tests -depth \( -name __pycache__ -o -name '*.egg-info' -o -path plugin/build \) -exec rm -rf {} +
+	find plugin ops charts tests -depth \( -name __pycache__ -o -name '*.egg-info' -o -path plugin/build -o -path ops/build \) -exec rm -rf {} +
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import platform, sys; sys.exit((sys.version_info[:2], platform.system(), platform.machine()) != ((3, 11), "Linux", "x86_64"))' 2>/dev/null || \
@@ -160,8 +161,9 @@ $(BIN)/python:
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e plugin
 	@touch $@
 
-.venv/.dev: $(LOCKS)/dev.txt .venv/.runtime
+.venv/.dev: $(LOCKS)/dev.txt ops/pyproject.toml .venv/.runtime
 	@$(INSTALL) -r $<
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e ops
 	@touch $@
 
 # On top of .venv, not in it: vLLM takes triton on a CPU for triton-cpu (plugin/locks/overrides.txt).

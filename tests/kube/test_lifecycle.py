@@ -131,15 +131,19 @@ def test_objects_of_every_kind_are_taken_by_the_api_server(namespace: Namespace)
     capable = ["monitoring.coreos.com/v1", "keda.sh/v1alpha1", "inference.networking.k8s.io/v1"]
     known = call("kubectl", "api-versions").split()
     assert set(capable) <= set(known), "the cluster lacks custom resources that the chart makes objects of"
-    chosen = values(
-        replicaCount=2,
-        networkPolicy={"enabled": True},
-        monitoring={"serviceMonitor": {"enabled": True}},
-        route={"enabled": True, "parentRefs": [{"name": "front"}], "hostnames": [HOST]},
-        inferencePool={"enabled": True, "endpointPicker": {"name": "picker"}},
+    common = {
+        "networkPolicy": {"enabled": True},
+        "monitoring": {"serviceMonitor": {"enabled": True}},
+        "route": {"enabled": True, "parentRefs": [{"name": "front"}], "hostnames": [HOST]},
+        "inferencePool": {"enabled": True, "endpointPicker": {"name": "picker"}},
+    }
+    several = values(replicaCount=2, pdb={"enabled": True}, **common)
+    scaled = values(
+        autoscaling={"kind": "keda", "keda": {"serverAddress": "http://prometheus.monitoring:9090"}}, **common
     )
-    namespace.helm("install", RELEASE, str(CHART), "--dry-run=server", values=chosen)
-    rendered = namespace.helm("template", RELEASE, str(CHART), "--validate", values=chosen)
-    namespace.kubectl("apply", "--dry-run=server", "-f", "-", stdin=rendered)
-    assert "kind: InferencePool" in rendered
-    assert "kind: PodDisruptionBudget" in rendered
+    kinds = ("NetworkPolicy", "ServiceMonitor", "HTTPRoute", "InferencePool")
+    for chosen, more in ((several, "PodDisruptionBudget"), (scaled, "ScaledObject")):
+        rendered = namespace.helm("template", RELEASE, str(CHART), "--validate", values=chosen)
+        for kind in (*kinds, more):
+            assert f"kind: {kind}\n" in rendered
+        namespace.kubectl("apply", "--dry-run=server", "-f", "-", stdin=rendered)
