@@ -8,6 +8,7 @@ import os
 import secrets
 import shlex
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+BIN = Path(sys.executable).parent
 CHART = Path(__file__).parents[2] / "charts" / "vqserve"
 IMAGES = os.environ.get("IMAGES", "localhost/vqserve")
 TAG = os.environ.get("IMAGE_TAG", "dev")
@@ -104,6 +106,14 @@ class Namespace:
             logs = self.kubectl("logs", "-l", ENGINE, "--all-containers", "--tail=40", check=False)
             raise AssertionError(f"{error}\n{said[-6000:]}\n{logs[-6000:]}") from None
 
+    def rollout(self, seconds: int = 20) -> tuple[int, str]:
+        """Exit code and words of `vqserve-ops rollout`."""
+        command = [str(BIN / "vqserve-ops"), "rollout", RELEASE, "-n", self.name, "--timeout", str(seconds)]
+        done = subprocess.run(
+            [str(BIN / command[0]), *command[1:]], capture_output=True, text=True, timeout=seconds + 60
+        )
+        return done.returncode, done.stdout + done.stderr
+
     def last_words(self, container: str = "engine") -> str:
         """Termination message of a container's last run, or what it waits for; empty if neither."""
         for pod in self.pods():
@@ -145,23 +155,29 @@ def node() -> str:
     return str(real[0]["name"])
 
 
-def claim_on(namespace: Namespace, name: str, folder: str = FOLDER, mode: str = "ReadOnlyMany") -> None:
-    """A claim of a local volume: a folder of the node's."""
+def volume_for(namespace: Namespace, claim: str, folder: str, mode: str, storage_class: str = "") -> None:
+    """A local volume that waits for a claim: a folder of the node's."""
     key = {"key": "kubernetes.io/hostname", "operator": "In", "values": [node()]}
     volume = {
         "apiVersion": "v1",
         "kind": "PersistentVolume",
-        "metadata": {"name": f"{namespace.name}-{name}", "labels": {"for": namespace.name}},
+        "metadata": {"name": f"{namespace.name}-{claim}", "labels": {"for": namespace.name}},
         "spec": {
             "capacity": {"storage": "1Gi"},
             "accessModes": [mode],
             "persistentVolumeReclaimPolicy": "Retain",
-            "storageClassName": "",
-            "claimRef": {"namespace": namespace.name, "name": name},
+            "storageClassName": storage_class,
+            "claimRef": {"namespace": namespace.name, "name": claim},
             "local": {"path": folder},
             "nodeAffinity": {"required": {"nodeSelectorTerms": [{"matchExpressions": [key]}]}},
         },
     }
+    namespace.apply(volume)
+
+
+def claim_on(namespace: Namespace, name: str, folder: str = FOLDER, mode: str = "ReadOnlyMany") -> None:
+    """A claim of a local volume: a folder of the node's."""
+    volume_for(namespace, name, folder, mode)
     claim = {
         "apiVersion": "v1",
         "kind": "PersistentVolumeClaim",
@@ -173,7 +189,7 @@ def claim_on(namespace: Namespace, name: str, folder: str = FOLDER, mode: str = 
             "resources": {"requests": {"storage": "1Gi"}},
         },
     }
-    namespace.apply(volume, claim)
+    namespace.apply(claim)
 
 
 def values(**more: Any) -> dict[str, Any]:
