@@ -112,13 +112,13 @@ image: .venv/.dev
 test-system: image
 
 # A cluster, a way to load an archive of an image into its nodes, and one to run commands with KUBECONFIG and kubectl. With
-# kind: KUBE_UP='kind create cluster' KUBE_LOAD='kind load image-archive' KUBE_RUN= KUBE_DOWN='kind delete cluster'.
+# kind: KUBE_UP='kind create cluster' KUBE_LOAD='kind load image-archive' KUBE_RUN= KUBE_HELM=helm KUBE_DOWN='kind delete cluster'.
 KUBE ?= ../shared/kube/cluster
 KUBE_UP ?= $(KUBE) up
 KUBE_LOAD ?= $(KUBE) load
 KUBE_RUN ?= $(KUBE) run --
 KUBE_DOWN ?= $(KUBE) down
-HELM ?= $(CURDIR)/$(BIN)/helm
+KUBE_HELM ?= helm4
 KUBE_TESTS ?= tests/kube
 
 ## test-kube  install the chart on a real cluster (Debian: runc containernetworking-plugins iproute2 nftables; `make image`)
@@ -131,7 +131,7 @@ test-kube: .venv/.dev
 	  $(PODMAN) save --quiet --format oci-archive --output "$$scratch/$$name.tar" $(IMAGES)/$$name:$(IMAGE_TAG); \
 	  $(KUBE_LOAD) "$$scratch/$$name.tar"; rm "$$scratch/$$name.tar"; \
 	done
-	$(KUBE_RUN) env HELM=$(HELM) IMAGES=$(IMAGES) IMAGE_TAG=$(IMAGE_TAG) $(BIN)/pytest -m kube $(KUBE_TESTS)
+	$(KUBE_RUN) env HELM=$(KUBE_HELM) IMAGES=$(IMAGES) IMAGE_TAG=$(IMAGE_TAG) $(BIN)/pytest -m kube $(KUBE_TESTS)
 	$(KUBE_DOWN)
 
 ## image-serve  build the CUDA image serve, FLAVOUR=dense or sparse, and test what can be without a GPU (gigabytes)
