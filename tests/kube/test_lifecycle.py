@@ -28,7 +28,7 @@ from kube.cluster import (
     wait,
 )
 
-pytestmark = pytest.mark.kube
+pytestmark = [pytest.mark.kube, pytest.mark.timeout(1200)]
 
 FULL = {
     "engine": {"device": "cuda", "gpus": 2},

@@ -13,7 +13,7 @@ import pytest
 
 from kube.cluster import BIN, CLASS, FRONT, HELM, HOST, IMAGES, TAG, call, values
 
-pytestmark = pytest.mark.kube
+pytestmark = [pytest.mark.kube, pytest.mark.timeout(1200)]
 
 README = Path(__file__).parents[2] / "README.md"
 

@@ -8,7 +8,7 @@ import pytest
 
 from kube.cluster import CLASS, HOST, Namespace, Stream, claim_on, is_served, stream, values, wait
 
-pytestmark = pytest.mark.kube
+pytestmark = [pytest.mark.kube, pytest.mark.timeout(1200)]
 
 
 def test_an_upgrade_of_two_replicas_loses_no_request_and_cuts_no_stream(namespace: Namespace) -> None:

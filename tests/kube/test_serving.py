@@ -6,7 +6,7 @@ import pytest
 
 from kube.cluster import HOST, RELEASE, ROUTED, Namespace, ask, content, question, stream, wait
 
-pytestmark = pytest.mark.kube
+pytestmark = [pytest.mark.kube, pytest.mark.timeout(1200)]
 
 DOORS = pytest.mark.parametrize("host", [HOST, ROUTED])
 

@@ -31,7 +31,7 @@ from kube.cluster import (
 )
 from kube.cluster import content as said
 
-pytestmark = pytest.mark.kube
+pytestmark = [pytest.mark.kube, pytest.mark.timeout(1200)]
 
 STAGE = f"app.kubernetes.io/instance={RELEASE},app.kubernetes.io/component=stage"
 
