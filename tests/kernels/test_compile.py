@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from vqserve.format.errors import UsageError
+from vqserve.kernels import nvrtc
 from vqserve.kernels.nvrtc import arch_of, compile_source
 from vqserve.kernels.vq_gemm import cuda as gather
 from vqserve.kernels.vq_moe import cuda as lut
@@ -96,6 +99,17 @@ def test_a_second_compilation_takes_the_cached_cubin(tmp_path: Path) -> None:
     cached.write_bytes(b"what lies there")
     assert compile_source("vqserve.kernels.vq_moe", "lut.cu", "sm_120a") == b"what lies there"
     assert compile_source("vqserve.kernels.vq_moe", "lut.cu", "sm_120a", ["OTHER=1"]) == first
+
+
+def test_what_an_image_brings_is_taken_before_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_source("vqserve.kernels.vq_moe", "lut.cu", "sm_120a")
+    (cached,) = (tmp_path / "cache" / "vqserve" / "kernels").iterdir()
+    package = shutil.copytree(Path(nvrtc.__file__).parent, tmp_path / "package")
+    (package / "built").mkdir()
+    (package / "built" / cached.name).write_bytes(b"what the image brings")
+    installed = resources.files
+    monkeypatch.setattr(resources, "files", lambda name: package if name == "vqserve.kernels" else installed(name))
+    assert compile_source("vqserve.kernels.vq_moe", "lut.cu", "sm_120a") == b"what the image brings"
 
 
 def test_a_target_that_nvrtc_does_not_know_is_refused_in_one_line() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import tarfile
+from pathlib import Path
+
 import pytest
 
-from kube.cluster import HOST, RELEASE, ROUTED, Namespace, ask, content, question, stream, wait
+from kube.cluster import HOST, KEY, RELEASE, ROUTED, Namespace, ask, content, question, stream, wait
 
 pytestmark = [pytest.mark.kube, pytest.mark.timeout(1200)]
 
@@ -68,6 +71,29 @@ def test_its_root_cannot_be_written_and_its_model_neither(served: Namespace) -> 
         assert "Read-only file system" in found
 
 
+def test_its_rollout_is_said_to_be_over(served: Namespace) -> None:
+    code, words = served.rollout()
+    assert code == 0, words
+
+
+def test_a_preflight_runs_where_the_engine_would_and_is_explained(served: Namespace) -> None:
+    code, words = served.ops("preflight", "--timeout", "200")
+    assert code == 0, words
+    assert "ok       checkpoint" in words
+    assert not served.get("jobs")["items"], "the Job is left behind"
+
+
+def test_a_support_bundle_has_logs_and_no_key(served: Namespace, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle.tar.gz"
+    code, words = served.ops("support-bundle", "--output", str(bundle))
+    assert code == 0, words
+    with tarfile.open(bundle) as archive:
+        files = {file.name: archive.extractfile(file) for file in archive.getmembers() if file.isfile()}
+        said = {name: file.read() for name, file in files.items() if file is not None}
+    assert any(b"Application startup complete" in text for text in said.values())
+    assert not [name for name, text in said.items() if KEY.encode() in text]
+
+
 def test_a_killed_engine_is_restarted_and_answers_again(served: Namespace) -> None:
     pod = served.pod()["metadata"]["name"]
     kill = (
@@ -84,3 +110,12 @@ def test_a_killed_engine_is_restarted_and_answers_again(served: Namespace) -> No
     wait("the engine is back", restarted, 300)
     wait("it answers", lambda: ask(HOST, "/v1/chat/completions", question())[0] == 200, 60)
     assert "46" in ask(HOST, "/v1/chat/completions", question())[1]
+
+
+def test_a_drained_pod_is_out_of_rotation_and_stays(served: Namespace) -> None:
+    code, words = served.ops("drain", "--timeout", "60")
+    assert code == 0, words
+    wait("no pod is ready", lambda: not served.is_ready(), 60)
+    assert ask(HOST, "/v1/models")[0] in (404, 502, 503)
+    served.kubectl("delete", "pod", served.pod()["metadata"]["name"], "--wait=false")
+    served.wait_ready()
