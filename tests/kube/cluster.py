@@ -106,13 +106,15 @@ class Namespace:
             logs = self.kubectl("logs", "-l", ENGINE, "--all-containers", "--tail=40", check=False)
             raise AssertionError(f"{error}\n{said[-6000:]}\n{logs[-6000:]}") from None
 
+    def ops(self, task: str, *arguments: str) -> tuple[int, str]:
+        """Exit code and words of `vqserve-ops`, asked about the release."""
+        command = [str(BIN / "vqserve-ops"), task, RELEASE, "-n", self.name, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        return done.returncode, done.stdout + done.stderr
+
     def rollout(self, seconds: int = 20) -> tuple[int, str]:
         """Exit code and words of `vqserve-ops rollout`."""
-        command = [str(BIN / "vqserve-ops"), "rollout", RELEASE, "-n", self.name, "--timeout", str(seconds)]
-        done = subprocess.run(
-            [str(BIN / command[0]), *command[1:]], capture_output=True, text=True, timeout=seconds + 60
-        )
-        return done.returncode, done.stdout + done.stderr
+        return self.ops("rollout", "--timeout", str(seconds))
 
     def last_words(self, container: str = "engine") -> str:
         """Termination message of a container's last run, or what it waits for; empty if neither."""
