@@ -76,6 +76,7 @@ lock: .venv/.dev
 	$(LOCK) plugin/pyproject.toml --extra cuda --override $(LOCKS)/cuda-overrides.txt --constraint <(sed -n \
 	  '/^torch==\|^apache-tvm-ffi==/d; s/^\([a-z].*==[^ ]*\) .*/\1/p' $(LOCKS)/{cpu,kernels}.txt) -o $(LOCKS)/cuda.txt
 	$(LOCK) --group pyproject.toml:images --constraint $(LOCKS)/cpu.txt -o images/locks/tools.txt
+	$(LOCK) --group pyproject.toml:checkov -o charts/locks/checkov.txt
 
 # Debian 12 has glibc 2.36. LOCK_TORCH says where uv finds the CPU build of torch: uv reads none of pip's configuration.
 LOCK_TORCH ?= --torch-backend cpu
@@ -107,9 +108,20 @@ image: .venv/.dev
 	images/build ops $(IMAGES)/ops:$(IMAGE_TAG)
 	$(BIN)/pytest -m system tests/images/test_serve_cpu.py tests/images/test_ops.py
 
-## test-system  what needs Debian's podman, runc and debootstrap: build the images and test them in containers
+## test-system  checkov on the chart, and what needs Debian's podman and runc: build the images, test them in containers
 .PHONY: test-system
-test-system: image
+test-system: .venv-checkov/.done image
+	scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; \
+	for example in pvc download cpu-demo; do \
+	  $(BIN)/helm template glm charts/vqserve --values charts/vqserve/ci/$$example-values.yaml >"$$scratch/$$example.yaml"; \
+	done; \
+	.venv-checkov/bin/checkov --config-file charts/checkov.yaml --directory "$$scratch"
+
+.venv-checkov/.done: charts/locks/checkov.txt | $(BIN)/python
+	@rm -rf $(@D)
+	@$(BIN)/python -m venv $(@D)
+	@$(INSTALL:$(BIN)/%=$(@D)/bin/%) -r $<
+	@touch $@
 
 # A cluster, a way to load an archive of an image into its nodes, and one to run commands with KUBECONFIG and kubectl. With
 # kind: KUBE_UP='kind create cluster' KUBE_LOAD='kind load image-archive' KUBE_RUN= KUBE_HELM=helm KUBE_DOWN='kind delete cluster'.
@@ -145,7 +157,7 @@ SERVE_BUILD ?=
 ## clean   remove .venv and every cache
 .PHONY: clean
 clean:
-	rm -rf .venv .venv-kernels .hypothesis
+	rm -rf .venv .venv-kernels .venv-checkov .hypothesis
 	find plugin ops charts tests -depth \( -name __pycache__ -o -name '*.egg-info' -o -path plugin/build -o -path ops/build \) -exec rm -rf {} +
 
 $(BIN)/python:
