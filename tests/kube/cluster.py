@@ -31,6 +31,12 @@ FRONT = os.environ.get("VQSERVE_FRONT", "http://127.0.0.1")
 CLASS = os.environ.get("VQSERVE_INGRESS_CLASS", "traefik")
 """Name of ingress class and gateway class."""
 
+SHARED_CORES = [
+    {"name": "VLLM_CPU_OMP_THREADS_BIND", "value": "nobind"},
+    {"name": "OMP_NUM_THREADS", "value": "1"},
+]
+"""vLLM binds itself to cores, every pod to the same: on two cores a worker that was to end got none of its one's time."""
+
 RELEASE = "vq"
 ENGINE = f"app.kubernetes.io/instance={RELEASE},app.kubernetes.io/component=engine"
 KEY = "correct-horse"
@@ -199,7 +205,7 @@ def values(**more: Any) -> dict[str, Any]:
     chosen: dict[str, Any] = {
         "image": {"repository": f"{IMAGES}/serve-cpu", "tag": TAG},
         "opsImage": {"repository": f"{IMAGES}/ops", "tag": TAG},
-        "engine": {"device": "cpu", "gpus": 0},
+        "engine": {"device": "cpu", "gpus": 0, "env": SHARED_CORES},
         "model": {"source": "pvc", "pvc": {"claimName": "demo-model"}},
         "preflight": {"mode": "refuse"},
         "resources": {"requests": {"cpu": "500m", "memory": "3Gi"}, "limits": {"memory": "6Gi"}},

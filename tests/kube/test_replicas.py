@@ -17,6 +17,8 @@ def test_an_upgrade_of_two_replicas_loses_no_request_and_cuts_no_stream(namespac
         # Each takes one of the node's two GPUs, so that there is no room for a third.
         "engine": {"device": "cuda", "gpus": 1},
         "replicaCount": 2,
+        # Beside the load an engine that has nothing left to do takes as long to end as it may.
+        "drain": {"waitSeconds": 5, "seconds": 20},
         "pdb": {"enabled": True},
         "resources": {"requests": {"cpu": "500m", "memory": "3Gi"}, "limits": {"memory": "6Gi"}},
         "ingress": {"enabled": True, "className": CLASS, "hosts": [HOST]},
