@@ -35,7 +35,7 @@ SHARED_CORES = [
     {"name": "VLLM_CPU_OMP_THREADS_BIND", "value": "nobind"},
     {"name": "OMP_NUM_THREADS", "value": "1"},
 ]
-"""vLLM binds itself to cores, every pod to the same: on two cores a worker that was to end got none of its one's time."""
+"""vLLM binds itself to cores, every pod to the same: on two cores a worker that was to end got no time on its one."""
 
 RELEASE = "vq"
 ENGINE = f"app.kubernetes.io/instance={RELEASE},app.kubernetes.io/component=engine"
