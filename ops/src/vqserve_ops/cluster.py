@@ -146,11 +146,11 @@ class Cluster:
             )  # fmt: skip
             try:
                 answer.run_forever(timeout=seconds)
-                printed = str(answer.read_all())
                 if answer.is_open():
                     raise FailedError(f"pod {pod}: `{' '.join(command)}` has not ended in {seconds:.0f} s; see its log")
                 try:
-                    return int(answer.returncode), printed
+                    code = int(answer.returncode)  # before `read_all`, which throws the channel of the status away
+                    return code, str(answer.read_all())
                 except (ValueError, KeyError, TypeError) as error:
                     problem = f"`{command[0]}` could not be run in container {container}"
                     raise FailedError(f"pod {pod}: {problem}; look at the container's image") from error
