@@ -116,6 +116,6 @@ def test_a_drained_pod_is_out_of_rotation_and_stays(served: Namespace) -> None:
     code, words = served.ops("drain", "--timeout", "60")
     assert code == 0, words
     wait("no pod is ready", lambda: not served.is_ready(), 60)
-    assert ask(HOST, "/v1/models")[0] in (404, 502, 503)
+    wait("no front door leads to it", lambda: ask(HOST, "/v1/models")[0] in (404, 502, 503), 60)
     served.kubectl("delete", "pod", served.pod()["metadata"]["name"], "--wait=false")
     served.wait_ready()

@@ -127,7 +127,7 @@ def test_a_download_goes_on_where_its_pod_was_deleted_and_is_served(namespace: N
             waiting = namespace.pod()["metadata"]["name"]
             wait(
                 "the engine says that it waits",
-                lambda: "manifest" in namespace.kubectl("logs", waiting, "-c", "wait-for-checkpoint", check=False),
+                lambda: "waiting for" in namespace.kubectl("logs", waiting, "-c", "wait-for-checkpoint", check=False),
                 60,
             )
             namespace.kubectl("delete", "pod", first, "--wait=false")
