@@ -7,8 +7,10 @@ import os
 import re
 import shutil
 import signal
+import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,13 +30,16 @@ MODEL = "glm-5.2"
 QUESTION: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What is 36 * 47?"}]
 LONG = 400
 """Tokens of a stream that is still running when the server has been told to stop, and over before 30 s are."""
+STALL = 3
+"""Seconds without a step until the engine counts as stuck."""
 DEMO = Path(__file__).parents[2] / "plugin" / "demo"
 
 
 @pytest.fixture(scope="module")
 def served(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server from its first moment on; the tests below take it through its life, in their order."""
-    with serving(demo_model, tmp_path_factory.mktemp("readiness")) as started:
+    options = ("--stall-seconds", str(STALL), "--", "--max-num-batched-tokens", "8", "--max-num-seqs", "8")
+    with serving(demo_model, tmp_path_factory.mktemp("readiness"), *options) as started:
         yield started
 
 
@@ -74,6 +79,64 @@ def test_a_probe_needs_no_key_where_a_request_does(served: Server) -> None:
     wait_for(served, "/ready", 200)
     assert get(served, "/v1/models")[0] == 401
     assert served.client.models.list().data
+
+
+def test_an_engine_that_computes_a_long_prompt_is_silent_and_alive(served: Server) -> None:
+    """In chunks of 8 tokens a prompt of 4000 takes seconds, and no token comes."""
+    wait_for(served, "/ready", 200)
+    with ThreadPoolExecutor(1) as pool:
+        prompt = [20] * 4000
+        answer = pool.submit(served.client.completions.create, model=MODEL, prompt=prompt, max_tokens=1)
+        longest = 0.0
+        while not answer.done():
+            longest = max(longest, silence(served))
+            assert get(served, "/live")[0] == 200
+    usage = answer.result().usage
+    assert usage
+    assert usage.prompt_tokens == len(prompt)
+    assert longest > STALL
+
+
+def test_a_frozen_engine_is_found_stuck_and_an_idle_one_is_not(served: Server) -> None:
+    wait_for(served, "/ready", 200)
+    engine = engine_of(served)
+    with frozen(engine):
+        began = time.monotonic()
+        while time.monotonic() - began < STALL + 1:
+            assert get(served, "/live")[0] == 200
+    with stream(served) as lines:
+        with frozen(engine):
+            began = time.monotonic()
+            wait_for(served, "/live", 503)
+            assert STALL <= time.monotonic() - began < STALL + 5
+            assert state(get(served, "/live")[1])[0] == state(get(served, "/ready")[1])[0] == "stuck"
+        *_, done = lines
+    assert done == b"data: [DONE]"
+    assert get(served, "/live")[0] == get(served, "/ready")[0] == 200
+
+
+def silence(server: Server) -> float:
+    """What the server says of how long no token has come."""
+    found = re.search(r"^vqserve_seconds_since_last_token\{.*\} (.*)$", get(server, "/metrics")[1], re.MULTILINE)
+    assert found
+    return float(found[1])
+
+
+def engine_of(server: Server) -> int:
+    """The process of vLLM's engine, which is a child of the API server's."""
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    [engine] = [int(child) for child in children if b"EngineCore" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return engine
+
+
+@contextmanager
+def frozen(process: int) -> Iterator[None]:
+    """Stops a process as a debugger would, and has it go on."""
+    os.kill(process, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(process, signal.SIGCONT)
 
 
 def test_a_drain_ends_readiness_but_not_service(served: Server, capsys: pytest.CaptureFixture[str]) -> None:

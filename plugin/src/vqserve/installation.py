@@ -7,7 +7,11 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from vqserve.format.errors import UsageError
 
 VLLM_VERSION = "0.32.0"
-PLUGINS = {"vqserve": "vllm.general_plugins", "vqserve-readiness": "vllm.endpoint_plugins"}
+PLUGINS = {
+    "vqserve": "vllm.general_plugins",
+    "vqserve-metrics": "vllm.stat_logger_plugins",
+    "vqserve-readiness": "vllm.endpoint_plugins",
+}
 """Our plugins of vLLM, each with its group of entry points. vLLM loads some groups only if told each plugin's name."""
 
 

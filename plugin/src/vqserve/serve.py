@@ -28,7 +28,7 @@ from vqserve.format.layout import check_shardable
 from vqserve.format.memory import memory
 from vqserve.format.variants import check_variant
 from vqserve.installation import PLUGINS, check_vllm
-from vqserve.settings import SPINE, WARM_UP_SECONDS, warm_up_seconds
+from vqserve.settings import SPINE, STALL_SECONDS, WARM_UP_SECONDS, stall_seconds, warm_up_seconds
 
 DENSE_CONTEXT = 4096
 """Default context of dense attention, in tokens: it is exact up to 2048 and has been validated up to this."""
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--print", action="store_true", help="show environment and arguments, start nothing")
     parser.epilog = (
         "The API key, if any, is read from the environment variable VLLM_API_KEY. Every route wants it but "
-        "/health, /ping, /ready, /metrics, /version, /load and, from this machine alone, /drain."
+        "/health, /ping, /ready, /live, /metrics, /version, /load and, from this machine alone, /drain."
     )
 
 
@@ -69,6 +69,9 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chat-template", type=Path, metavar="FILE", help="default: the checkpoint's")
     parser.add_argument(
         "--warm-up-seconds", type=positive, metavar="N", help="how long until /ready gives up (default: 600)"
+    )
+    parser.add_argument(
+        "--stall-seconds", type=positive, metavar="N", help="without a step until /live gives up (default: 120)"
     )
 
 
@@ -159,6 +162,8 @@ def check_arguments(args: argparse.Namespace, checkpoint: Checkpoint | ParentChe
         raise UsageError(f"--port {args.port}: expected 1..65535")
     if args.warm_up_seconds is None:
         warm_up_seconds()
+    if args.stall_seconds is None:
+        stall_seconds()
     if cpu:
         _check_on_cpu(args.tensor_parallel_size)
 
@@ -227,8 +232,9 @@ def server_environment(args: argparse.Namespace, geometry: Geometry, cpu: Cpu | 
         if args.tensor_parallel_size > 1:
             environment["VLLM_CPU_OMP_THREADS_BIND"] = cores_of_ranks(args.tensor_parallel_size)
     environment = {name: os.environ.get(name, value) for name, value in environment.items()}
-    if args.warm_up_seconds is not None:
-        environment[WARM_UP_SECONDS] = str(args.warm_up_seconds)
+    for name, value in ((WARM_UP_SECONDS, args.warm_up_seconds), (STALL_SECONDS, args.stall_seconds)):
+        if value is not None:
+            environment[name] = str(value)
     named = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
     return environment | {"VLLM_PLUGINS": ",".join([*PLUGINS, *(name for name in named if name not in PLUGINS)])}
 
@@ -244,6 +250,7 @@ def server_command(args: argparse.Namespace, geometry: Geometry, cpu: Cpu | None
         "--tensor-parallel-size": args.tensor_parallel_size,
         "--reasoning-parser": args.reasoning_parser,
         "--tool-call-parser": args.tool_call_parser,
+        "--custom-histogram-buckets": json.dumps({"request_tokens": token_buckets(context(args, geometry))}),
         "--shutdown-timeout": 30,  # seconds for running requests to finish; vLLM's default kills the engine at once
     }
     if cpu:
@@ -263,6 +270,12 @@ def context(args: argparse.Namespace, geometry: Geometry) -> int:
         return int(args.max_model_len)
     longest = geometry.max_position_embeddings
     return longest if args.attention == "sparse" else min(longest, DENSE_CONTEXT)
+
+
+def token_buckets(limit: int) -> list[int]:
+    """Bounds of a histogram of tokens: powers of two and what lies half-way, up to the longest context."""
+    bounds = [step for power in range(4, limit.bit_length()) for step in (1 << power, 3 << (power - 1)) if step < limit]
+    return [*bounds, limit]
 
 
 def shown(environment: Mapping[str, str], command: Sequence[str]) -> str:

@@ -35,7 +35,7 @@ from vqserve.format.layout import (
     parent_specs,
 )
 from vqserve.format.names import layer_of, parse_expert_tensor
-from vqserve.format.tiers import GROUP, SCALE_BYTES
+from vqserve.format.tiers import GROUP, SCALE_BYTES, TIERS
 
 Attention = Literal["dense", "sparse"]
 Platform = Literal["cpu", "cuda"]
@@ -172,6 +172,30 @@ def memory(
     whole["rotary table"] = geometry.max_position_embeddings * geometry.qk_rope_head_dim * element_bytes
     weights = Weights(dict(split), {part: size for part, size in whole.items() if size})
     return Memory(geometry, attention, platform, ranks, weights, reserve, element_bytes)
+
+
+def expert_bytes(config: Mapping[str, Any], rank: int, ranks: int, whole_experts: bool) -> dict[float, int]:
+    """Bytes of the vector-quantized experts that a rank holds, scales included and codebooks not, by a tier's bits.
+
+    Args:
+        config: A parsed `config.json`.
+        rank: Which rank.
+        ranks: Tensor-parallel size.
+        whole_experts: As `memory` takes it.
+
+    Raises:
+        ConfigError: The configuration is not valid.
+    """
+    geometry, held = Geometry.from_dict(config), Counter[float]()
+    for module in _quant(config).modules:
+        experts = _experts_of(rank, ranks, module.experts) if whole_experts else range(module.experts)
+        share = 1 if whole_experts else ranks
+        for proj, letters in module.tiers.items():
+            rows, columns = geometry.expert_shape(proj)
+            for letter, experts_of_tier in Counter(letters[expert] for expert in experts).items():
+                tier = TIERS[letter]
+                held[tier.bits] += experts_of_tier * tier.weight_bytes(rows, columns) // share
+    return dict(sorted(held.items()))
 
 
 def kv_bytes(geometry: Geometry, attention: Attention, element_bytes: int = ELEMENT_BYTES) -> int:

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm import envs
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
-PROBES = frozenset({"ready", "drain", "health", "ping", "metrics", "version", "load"})
+PROBES = frozenset({"ready", "live", "drain", "health", "ping", "metrics", "version", "load"})
 """First parts of the paths that look at the server and ask no model; `/drain` serves this machine's clients only."""
 
 

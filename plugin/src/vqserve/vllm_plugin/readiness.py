@@ -1,5 +1,7 @@
 """Whether this server wants requests: `GET /ready`, `POST /drain`, and what becomes of requests while it stops.
 
+Also `GET /live`, whether it has to be restarted: see `liveness`.
+
 `/ready` answers 200, or 503 with one of these statuses and a reason in plain words:
 
 | status | when | new requests |
@@ -8,10 +10,11 @@
 | `ready` (200) | from then on | served |
 | `refused` | for good, after a wrong answer, or a warm-up that failed or took too long | served |
 | `engine dead` | vLLM's engine process is gone, and soon the server | vLLM's affair |
+| `stuck` | while the engine has requests and has finished no step for `--stall-seconds` | served |
 | `draining` | from `POST /drain` on, which only clients on this machine may send | served |
 | `draining` | from SIGTERM or SIGINT on: running requests are finished, then the server ends | 503 |
 
-Neither path wants the API key: probes have none (`guard` asks for it elsewhere). `/drain` is there because a load
+No such path wants the API key: probes have none (`guard` asks for it elsewhere). `/drain` is there because a load
 balancer takes seconds to follow `/ready`: whoever stops a server asks for the drain, waits that long, and then sends
 SIGTERM.
 
@@ -31,6 +34,7 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
@@ -41,16 +45,29 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.logger import init_logger
 from vllm.tasks import SupportedTask
+from vllm.v1.engine.async_llm import AsyncLLM
 
 from vqserve.format.errors import CheckpointError, UsageError
 from vqserve.format.known_answers import KnownAnswer, read_known_answers
-from vqserve.settings import warm_up_seconds
+from vqserve.settings import stall_seconds, warm_up_seconds
 from vqserve.vllm_plugin.guard import Guard, is_probe, keys_of
+from vqserve.vllm_plugin.liveness import Liveness, Refusals, arrivals_of, metrics_of
 from vqserve.vllm_plugin.warm_up import Ask, Reply, WarmUpError, warm_up
 
+STATUSES = ("warming up", "ready", "refused", "engine dead", "stuck", "draining")
 _RETRY_SECONDS = 5
 
 logger = init_logger("vllm.vqserve")  # vLLM prints what is logged under its own name, and nothing else
+
+
+class Log(Protocol):
+    """What is told of a server's start and its requests."""
+
+    def end_phase(self, phase: str) -> None:
+        """A phase of the start is over: `server` or `warm_up`."""
+
+    def refused(self, cause: str) -> None:
+        """A request was refused before it reached the engine."""
 
 
 class Readiness:
@@ -60,11 +77,21 @@ class Readiness:
         folder: The checkpoint, which may hold known answers.
         ask: Has the engine answer a prompt.
         is_dead: Whether the engine is gone.
+        is_stuck: Whether it has been silent for too long.
+        log: Told what becomes of the start and of requests.
     """
 
-    def __init__(self, folder: Path, ask: Ask, is_dead: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        ask: Ask,
+        is_dead: Callable[[], bool],
+        is_stuck: Callable[[], bool] = lambda: False,
+        log: Log | None = None,
+    ) -> None:
         self.stopping = False
-        self._folder, self._ask, self._is_dead = folder, ask, is_dead
+        self._folder, self._ask, self._is_dead, self._is_stuck = folder, ask, is_dead, is_stuck
+        self._log = log
         self._draining = False
         self._state = ("warming up", "the server is starting")
         self._warm_up: asyncio.Task[None] | None = None
@@ -73,6 +100,7 @@ class Readiness:
         """Begins the warm-up, and listens to the signals that stop a server. In the event loop of the main thread."""
         for number in (signal.SIGTERM, signal.SIGINT):
             self._listen(number)
+        self._tell_phase("server")
         self._warm_up = asyncio.create_task(self._run())
 
     def drain(self) -> None:
@@ -86,9 +114,24 @@ class Readiness:
             return "draining", "the server is stopping: it finishes running requests and takes no new ones"
         if self._draining:
             return "draining", "a drain was asked for: the server still serves, and is about to be stopped"
+        return self.failure() or self._state
+
+    def failure(self) -> tuple[str, str] | None:
+        """Status and reason, as `/live` gives them, if only a restart can help."""
         if self._is_dead():
             return "engine dead", "vLLM's engine process has ended; the server's log says why"
-        return self._state
+        if self._is_stuck():
+            return "stuck", "the engine has requests and has finished no step for longer than --stall-seconds"
+        return None
+
+    def refused(self, cause: str) -> None:
+        """Takes note of a request that was refused before it reached the engine."""
+        if self._log is not None:
+            self._log.refused(cause)
+
+    def _tell_phase(self, phase: str) -> None:
+        if self._log is not None:
+            self._log.end_phase(phase)
 
     def _listen(self, number: signal.Signals) -> None:
         """Puts our handler before vLLM's, which a loop's own `add_signal_handler` would replace."""
@@ -117,6 +160,7 @@ class Readiness:
         else:
             came = f"{len(answers)} known answers came" if answers else "the checkpoint has no known answers"
             logger.info("ready: %s, warm-up took %.1f s", came, time.monotonic() - started)
+            self._tell_phase("warm_up")
             self._state = ("ready", came)
 
     async def _ask_in_time(self, answers: Sequence[KnownAnswer]) -> None:
@@ -165,19 +209,38 @@ class ReadinessPlugin:
         app.add_middleware(Gate)
         if keys := keys_of(app.state.args):
             app.add_middleware(Guard, tokens=keys)
+        app.add_middleware(Refusals, refused=lambda app, cause: _of(app).refused(cause))
         app.add_api_route("/ready", ready, methods=["GET"])
+        app.add_api_route("/live", live, methods=["GET"])
         app.add_api_route("/drain", drain, methods=["POST"])
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
-        assert engine_client is not None  # only a server of the task `render` has none
-        engine = engine_client
-        state.vqserve_readiness = Readiness(Path(engine.model_config.model), _asking(state), lambda: engine.errored)
+        # Only a server of the task `render` has none.
+        assert isinstance(engine_client, AsyncLLM)
+        engine, metrics = engine_client, metrics_of(engine_client)
+        liveness = Liveness(metrics, arrivals_of(engine), stall_seconds())
+        readiness = Readiness(
+            Path(engine.model_config.model),
+            _asking(state),
+            lambda: engine.errored,
+            liveness.is_stuck,
+            metrics,
+        )
+        metrics.watch(liveness.since_token, lambda: readiness.state()[0], STATUSES)
+        state.vqserve_readiness = readiness
 
 
 async def ready(request: Request) -> JSONResponse:
     """200 if the server wants requests, 503 and why if it does not."""
     status, reason = _of(request.app).state()
     return JSONResponse({"status": status, "reason": reason}, 200 if status == "ready" else 503)
+
+
+async def live(request: Request) -> JSONResponse:
+    """503 and why if only a restart can help, else 200."""
+    failure = _of(request.app).failure()
+    status, reason = failure or ("alive", "the engine is idle, or moves")
+    return JSONResponse({"status": status, "reason": reason}, 503 if failure else 200)
 
 
 async def drain(request: Request) -> JSONResponse:
