@@ -131,6 +131,9 @@ class Engine(Section):
     env: FreeList = Field([], description="More variables of the engine's container, as Kubernetes takes them.")
     extraArgs: list[str] = Field([], description="More options of vLLM's server, which follow `--` and win.")
     warmUpSeconds: Seconds = Field(600, description="How long the known answers may take before `/ready` gives up.")
+    stallSeconds: Seconds = Field(
+        120, description="How long an engine with requests may make no step until `/live` fails and it is restarted."
+    )
 
 
 class Dra(Section):
@@ -185,9 +188,13 @@ class ReadinessProbe(Section):
 
 
 class LivenessProbe(Section):
-    path: str = Field("/health", description="What is asked.", pattern="^/")
+    path: str = Field(
+        "/live",
+        description="What is asked: `/live` fails once an engine with requests makes no step for engine.stallSeconds.",
+        pattern="^/",
+    )
     periodSeconds: Seconds = Field(10, description="Between two questions.")
-    failureThreshold: Positive = Field(6, description="Failures in a row until the container is restarted.")
+    failureThreshold: Positive = Field(3, description="Failures in a row until the container is restarted.")
     terminationGracePeriodSeconds: Seconds = Field(
         10, description="For a container that is restarted so: waiting out a whole drain would help nobody."
     )

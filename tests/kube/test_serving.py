@@ -53,7 +53,7 @@ def test_without_the_key_it_is_401(host: str, key: str | None, served: Namespace
 
 
 @DOORS
-@pytest.mark.parametrize("path", ["/metrics", "/ready", "/drain", "/health", "/version", "/invocations", "/v1x"])
+@pytest.mark.parametrize("path", ["/metrics", "/ready", "/live", "/drain", "/health", "/version", "/invocations", "/v1x"])
 def test_nothing_but_the_api_is_reachable_from_outside(host: str, path: str, served: Namespace) -> None:
     assert ask(host, path)[0] == 404
 

@@ -15,6 +15,8 @@
 - {{ .Values.engine.attention }}
 - --warm-up-seconds
 - {{ .Values.engine.warmUpSeconds | int64 | toString | quote }}
+- --stall-seconds
+- {{ .Values.engine.stallSeconds | int64 | toString | quote }}
 - --
 - --shutdown-timeout
 - {{ .Values.drain.seconds | int64 | toString | quote }}
