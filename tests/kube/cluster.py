@@ -37,6 +37,9 @@ SHARED_CORES = [
 ]
 """vLLM binds itself to cores, every pod to the same: on two cores a worker that was to end got no time on its one."""
 
+STALL = 15
+"""Seconds without a step until the served engine counts as stuck."""
+
 RELEASE = "vq"
 ENGINE = f"app.kubernetes.io/instance={RELEASE},app.kubernetes.io/component=engine"
 KEY = "correct-horse"

@@ -9,7 +9,20 @@ from functools import partial
 
 import pytest
 
-from kube.cluster import CLASS, HOST, ROUTED, Namespace, ask, claim_on, is_served, new_namespace, question, values, wait
+from kube.cluster import (
+    CLASS,
+    HOST,
+    ROUTED,
+    STALL,
+    Namespace,
+    ask,
+    claim_on,
+    is_served,
+    new_namespace,
+    question,
+    values,
+    wait,
+)
 
 HOW = "tests/kube need a cluster: `make test-kube`, or KUBECONFIG and images that its nodes have (README, Kubernetes)"
 
@@ -44,6 +57,7 @@ def served() -> Iterator[Namespace]:
         )
         made.install(
             values(
+                engine={"stallSeconds": STALL},
                 ingress={"enabled": True, "className": CLASS, "hosts": [HOST]},
                 route={"enabled": True, "parentRefs": [{"name": "front"}], "hostnames": [ROUTED]},
             )

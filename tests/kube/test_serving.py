@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from kube.cluster import HOST, KEY, RELEASE, ROUTED, Namespace, ask, content, question, stream, wait
+from kube.cluster import HOST, KEY, RELEASE, ROUTED, STALL, Namespace, ask, content, question, stream, wait
 
 pytestmark = [pytest.mark.kube, pytest.mark.timeout(1200)]
 
@@ -53,7 +56,9 @@ def test_without_the_key_it_is_401(host: str, key: str | None, served: Namespace
 
 
 @DOORS
-@pytest.mark.parametrize("path", ["/metrics", "/ready", "/live", "/drain", "/health", "/version", "/invocations", "/v1x"])
+@pytest.mark.parametrize(
+    "path", ["/metrics", "/ready", "/live", "/drain", "/health", "/version", "/invocations", "/v1x"]
+)
 def test_nothing_but_the_api_is_reachable_from_outside(host: str, path: str, served: Namespace) -> None:
     assert ask(host, path)[0] == 404
 
@@ -94,22 +99,54 @@ def test_a_support_bundle_has_logs_and_no_key(served: Namespace, tmp_path: Path)
     assert not [name for name, text in said.items() if KEY.encode() in text]
 
 
-def test_a_killed_engine_is_restarted_and_answers_again(served: Namespace) -> None:
-    pod = served.pod()["metadata"]["name"]
-    kill = (
+def signal_engine(served: Namespace, number: signal.Signals) -> None:
+    """Sends a signal to vLLM's engine process, as nothing on a cluster would."""
+    send = (
         "import os, pathlib\n"
         "for at in pathlib.Path('/proc').glob('[0-9]*/comm'):\n"
-        "    if 'EngineCor' in at.read_text(): os.kill(int(at.parent.name), 9); print('killed')\n"
+        f"    if 'EngineCor' in at.read_text(): os.kill(int(at.parent.name), {int(number)}); print('sent')\n"
     )
-    assert "killed" in served.kubectl("exec", pod, "-c", "engine", "--", "python3", "-c", kill)
+    pod = served.pod()["metadata"]["name"]
+    assert "sent" in served.kubectl("exec", pod, "-c", "engine", "--", "python3", "-c", send)
 
-    def restarted() -> bool:
-        [status] = served.pod()["status"]["containerStatuses"]
-        return bool(status["restartCount"] == 1 and status["ready"])
 
-    wait("the engine is back", restarted, 300)
+def restarts(served: Namespace) -> int:
+    [status] = served.pod()["status"]["containerStatuses"]
+    return int(status["restartCount"])
+
+
+def wait_for_restart(served: Namespace, before: int, seconds: float) -> None:
+    wait("the container is restarted", lambda: restarts(served) == before + 1, seconds)
+    wait("the engine is back", served.is_ready, 300)
     wait("it answers", lambda: ask(HOST, "/v1/chat/completions", question())[0] == 200, 60)
     assert "46" in ask(HOST, "/v1/chat/completions", question())[1]
+
+
+def test_a_killed_engine_is_restarted_and_answers_again(served: Namespace) -> None:
+    before = restarts(served)
+    signal_engine(served, signal.SIGKILL)
+    wait_for_restart(served, before, 120)
+
+
+def test_a_saturated_engine_is_left_alone(served: Namespace) -> None:
+    """Many more long requests than it answers in the time that an engine may be silent."""
+    before, began = restarts(served), time.monotonic()
+    with ThreadPoolExecutor(64) as pool:
+        answers = [pool.submit(stream, HOST, 400) for _ in range(64)]
+        assert all(answer.result().done for answer in answers)
+    assert time.monotonic() - began > STALL
+    assert restarts(served) == before
+    assert served.is_ready()
+
+
+def test_a_frozen_engine_is_restarted_by_the_cluster(served: Namespace) -> None:
+    """15 s of silence, three failed probes 10 s apart, 10 s of grace."""
+    before = restarts(served)
+    with ThreadPoolExecutor(1) as pool:
+        signal_engine(served, signal.SIGSTOP)
+        lost = pool.submit(ask, HOST, "/v1/chat/completions", question())
+        wait_for_restart(served, before, STALL + 30 + 10 + 30)
+        assert lost.result()[0] != 200
 
 
 def test_a_drained_pod_is_out_of_rotation_and_stays(served: Namespace) -> None:
