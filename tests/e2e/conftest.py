@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 from openai import OpenAI
 
+from e2e.receiver import Receiver, receiver
+
 KEY = "e2e-secret"
 START_SECONDS = 240
 """Three processes import vLLM one after the other: 40 s on two idle cores."""
@@ -41,9 +43,17 @@ class Server:
 
 
 @pytest.fixture(scope="session")
-def server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The demo model's server."""
-    with serving(demo_model, tmp_path_factory.mktemp("server")) as started:
+def spans() -> Iterator[Receiver]:
+    """What collects the server's traces."""
+    with receiver() as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def server(demo_model: Path, spans: Receiver, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The demo model's server, which sends its traces to `spans`."""
+    options, folder = ("--", "--otlp-traces-endpoint", spans.url), tmp_path_factory.mktemp("server")
+    with serving(demo_model, folder, *options, OTEL_SERVICE_NAME="demo", OTEL_BSP_SCHEDULE_DELAY="200") as started:
         wait_for(started, "/health", 200)
         yield started
 

@@ -14,7 +14,7 @@ from vqserve.checkpoint.assume import SEED_MIX, assumed
 from vqserve.format.config import PROJECTIONS, QuantConfig, VQModule
 from vqserve.format.errors import ConfigError, UsageError
 from vqserve.format.geometry import Geometry
-from vqserve.format.memory import ATTENTIONS, Attention, memory
+from vqserve.format.memory import ATTENTIONS, Attention, expert_bytes, memory
 
 DATA = Path(vqserve.__file__).parent / "data"
 EVEN = dict.fromkeys("abcd", 0.25)
@@ -38,6 +38,16 @@ def test_the_real_models_experts_are_as_large_as_their_bits_say(real: dict[str, 
     bits = sum(count * {"a": 1.125, "c": 2.125, "d": 3.125}[letter] for letter, count in shares.items()) / 256
     split = memory(real).weights.split
     assert sum(size for part, size in split.items() if part.startswith("experts")) == weights * bits / 8
+
+
+@pytest.mark.parametrize("whole_experts", [False, True], ids=["split", "whole"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_tiers_of_the_experts_sum_up_to_their_planes(ranks: int, whole_experts: bool) -> None:
+    planes = memory(ENCODED, ranks=ranks, whole_experts=whole_experts).weights.split
+    tiers = [expert_bytes(ENCODED, rank, ranks, whole_experts) for rank in range(ranks)]
+    fullest = max(sum(each.values()) for each in tiers)
+    assert fullest == sum(planes[f"experts: {plane}"] for plane in ("codes", "refinement", "scales"))
+    assert set().union(*tiers) == {1, 1.5, 2, 3}
 
 
 def test_ranks_split_the_experts_and_each_hold_the_router() -> None:

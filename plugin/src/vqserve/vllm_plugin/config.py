@@ -23,6 +23,7 @@ from vqserve.format.geometry import Geometry
 from vqserve.format.layout import check_shardable, gptq_specs, spine_shapes
 from vqserve.vllm_plugin.linear import spine_method, why_dequantized
 from vqserve.vllm_plugin.moe import MixedVQMoEMethod
+from vqserve.vllm_plugin.tracing import VERIFY, span
 
 _check_shardable = cache(check_shardable)  # asked for every layer
 
@@ -77,7 +78,8 @@ class VQServeConfig(QuantizationConfig):
         self.geometry = Geometry.from_dict({**hf_config.to_dict(), "architectures": None})
         folder = Path(model_name)
         if any(folder.glob("*.safetensors")):  # not so for `--load-format dummy` on a configuration alone
-            check_checkpoint(folder, digests=False)
+            with span(VERIFY, folder=str(folder)):
+                check_checkpoint(folder, digests=False)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method of one layer, None for what has no weights of its own.

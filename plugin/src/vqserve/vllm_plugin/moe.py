@@ -33,6 +33,7 @@ from vqserve.reference.dequantize import Codebook
 from vqserve.reference.moe import Experts
 from vqserve.vllm_plugin import ops
 from vqserve.vllm_plugin.loading import LoadRecord, check_finite
+from vqserve.vllm_plugin.tracing import EXPERTS, span
 
 _SCALES = tuple(name for name in BUFFERS if name.endswith("_scales"))
 _PROJECTION = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
@@ -136,6 +137,11 @@ class MixedVQMoEMethod(FusedMoEMethodBase):
         Raises:
             TensorError: A tensor of this rank's has not arrived, or scales or a codebook are not finite.
         """
+        held = sum(getattr(layer, _parameter(name)).nbytes for name in BUFFERS)
+        with span(EXPERTS, layer=self.module.name, experts=len(self.layout.experts), bytes=held):
+            self._prepare(layer)
+
+    def _prepare(self, layer: RoutedExperts) -> None:
         loaded = not (self._dummy and self._record.empty)
         if loaded:
             self._record.close()
