@@ -247,6 +247,12 @@ class Monitoring(Section):
 
 class Tracing(Section):
     endpoint: str = Field("", description="OTLP endpoint for traces, as `http://collector:4317`; empty: no traces.")
+    protocol: Literal["grpc", "http/protobuf"] = Field(
+        "grpc", description="What the endpoint speaks; http/protobuf wants the whole path, as `:4318/v1/traces`."
+    )
+    ratio: float = Field(
+        1.0, description="Share of requests that are traced, of those whose caller has not decided.", ge=0, le=1
+    )
 
 
 class Hpa(Section):

@@ -62,6 +62,12 @@
 {{- if eq .Values.engine.pcie "noP2P" }}
 - {name: NCCL_P2P_DISABLE, value: "1"}
 {{- end }}
+{{- if .Values.tracing.endpoint }}
+- {name: OTEL_SERVICE_NAME, value: {{ include "vqserve.fullname" . }}}
+- {name: OTEL_EXPORTER_OTLP_TRACES_PROTOCOL, value: {{ .Values.tracing.protocol }}}
+- {name: OTEL_TRACES_SAMPLER, value: parentbased_traceidratio}
+- {name: OTEL_TRACES_SAMPLER_ARG, value: {{ .Values.tracing.ratio | toString | quote }}}
+{{- end }}
 {{- end -}}
 
 {{- define "vqserve.apiKey" -}}
