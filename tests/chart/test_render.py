@@ -47,7 +47,7 @@ def golden_of(values: Path) -> Path:
 
 
 def plain(values: Path) -> str:
-    """What is rendered, for people to review: without the labels that all have, our script, and rules; tested elsewhere."""
+    """What is rendered, for people to review: without labels, our script and the rules, tested elsewhere."""
     found = sorted(objects(rendered("--values", values)), key=lambda item: (item["kind"], item["metadata"]["name"]))
     for item in found:
         item["metadata"].pop("labels", None)
