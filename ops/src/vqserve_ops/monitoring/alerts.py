@@ -49,7 +49,7 @@ SERVER = [
     ),
 ]
 
-LOAD = [
+LOAD: list[Recording | Alert] = [
     Recording("vqserve:requests_waiting:sum", f"{_RELEASE} (vllm:num_requests_waiting{{{SCOPE}}})"),
     Alert(
         name="VqserveQueueGrowing",
@@ -87,7 +87,7 @@ LOAD = [
         severity="warning",
         summary="Running requests are put back and computed anew.",
         description=(
-            f"{_SERVICE} had {{{{ $value | humanize }}}} preemptions for each finished request in the last 30 minutes."
+            f'{_SERVICE} had {{{{ printf "%.2f" $value }}}} preemptions for each finished request in the last 30 minutes.'
         ),
     ),
     Alert(
