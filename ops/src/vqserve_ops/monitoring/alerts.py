@@ -87,7 +87,8 @@ LOAD: list[Recording | Alert] = [
         severity="warning",
         summary="Running requests are put back and computed anew.",
         description=(
-            f'{_SERVICE} had {{{{ printf "%.2f" $value }}}} preemptions for each finished request in the last 30 minutes.'
+            f'{_SERVICE} had {{{{ printf "%.2f" $value }}}} preemptions for each finished request in the last'
+            " 30 minutes."
         ),
     ),
     Alert(
