@@ -60,10 +60,11 @@ format: .venv/.dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-## chart   write the chart's values, their schema and table anew from charts/values.py, and package it into build/
+## chart   write the chart's values, their schema and table, and the alerts anew from Python, and package it into build/
 .PHONY: chart
 chart: .venv/.dev
 	$(BIN)/python charts/generate.py
+	$(BIN)/python -m vqserve_ops.monitoring.write_rules charts/vqserve/files/rules.yaml
 	$(BIN)/helm package charts/vqserve --destination build
 
 ## lock    resolve the locks anew; UPGRADE=--upgrade takes newer versions
@@ -108,9 +109,10 @@ image: .venv/.dev
 	images/build ops $(IMAGES)/ops:$(IMAGE_TAG)
 	$(BIN)/pytest -m system tests/images/test_serve_cpu.py tests/images/test_ops.py
 
-## test-system  checkov on the chart, and what needs Debian's podman and runc: build the images, test them in containers
+## test-system  checkov on the chart, and what needs Debian's podman, runc and prometheus: images in containers, alerts
 .PHONY: test-system
 test-system: .venv-checkov/.done image
+	$(BIN)/pytest -m system tests/monitoring
 	scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; \
 	for example in pvc download cpu-demo; do \
 	  $(BIN)/helm template glm charts/vqserve --values charts/vqserve/ci/$$example-values.yaml >"$$scratch/$$example.yaml"; \

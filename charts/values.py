@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 Free = dict[str, Any]
 """An object that Kubernetes defines: the API server checks it."""
@@ -241,8 +241,69 @@ class ServiceMonitor(Section):
     labels: Names = Field({}, description="By which a Prometheus selects its monitors.")
 
 
+TTFT_BOUNDS = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    7.5,
+    10,
+    20,
+    40,
+    80,
+    160,
+    640,
+    2560,
+)
+"""Upper bounds of the buckets of vLLM's `vllm:time_to_first_token_seconds`, in seconds."""
+INTER_TOKEN_BOUNDS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+"""Upper bounds of the buckets of vLLM's `vllm:inter_token_latency_seconds`, in seconds."""
+
+
+class Slo(Section):
+    ttftSeconds: Annotated[float, WithJsonSchema({"type": "number", "enum": list(TTFT_BOUNDS)})] = Field(
+        5, description="To the first token. Must be a bound of vLLM's histogram: nothing is known in between."
+    )
+    interTokenSeconds: Annotated[float, WithJsonSchema({"type": "number", "enum": list(INTER_TOKEN_BOUNDS)})] = Field(
+        0.1, description="From one step of an answer to the next; a bound of vLLM's histogram, too."
+    )
+    objective: float = Field(
+        0.99,
+        description="Share of requests, or of steps, that are to be faster. Below 0.95 no share of slow ones would be"
+        " 14.4 times too many, which is what wakes somebody.",
+        ge=0.95,
+        le=0.9999,
+    )
+
+
+class Rules(Section):
+    enabled: bool = Field(False, description="Alerts and recording rules (PrometheusRule) with a runbook for each.")
+    labels: Names = Field({}, description="By which a Prometheus selects its rules.")
+    runbooks: str = Field(
+        "https://github.com/vqserve/vqserve/blob/main/ops/runbooks",
+        description="Where alerts link to: a copy of the folder ops/runbooks.",
+        pattern=r"^https?://[A-Za-z0-9._~:/?&=%-]*[^/]$",
+    )
+    slo: Slo = Field(Slo(), description="Two promises, whose allowance of slow ones may be used up so fast only.")
+    stallSeconds: Seconds = Field(60, description="Without a token while requests run, until somebody is woken.")
+    waitingRequests: Positive = Field(
+        16, description="Requests that may wait, of all replicas, while they become more."
+    )
+
+
 class Monitoring(Section):
     serviceMonitor: ServiceMonitor = Field(ServiceMonitor(), description="ServiceMonitor (monitoring.coreos.com).")
+    rules: Rules = Field(Rules(), description="PrometheusRule (monitoring.coreos.com).")
 
 
 class Tracing(Section):

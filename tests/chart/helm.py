@@ -17,6 +17,7 @@ APIS = [
     "gateway.networking.k8s.io/v1/HTTPRoute",
     "inference.networking.k8s.io/v1/InferencePool",
     "keda.sh/v1alpha1/ScaledObject",
+    "monitoring.coreos.com/v1/PrometheusRule",
     "monitoring.coreos.com/v1/ServiceMonitor",
     "resource.k8s.io/v1/ResourceClaimTemplate",
 ]

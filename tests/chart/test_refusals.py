@@ -87,6 +87,7 @@ IMPOSSIBLE: list[tuple[Changes, Changes, str]] = [
         {"networkPolicy.enabled": True, "tracing.endpoint": "http://collector:4317"},
         "allow the collector in networkPolicy.egress",
     ),
+    (GPU, {"monitoring.rules.enabled": True}, "set monitoring.serviceMonitor.enabled, too"),
     (GPU, {"scheduling.affinity": {"nodeAffinity": {"x": []}}}, "set scheduling.products to []"),
 ]
 
@@ -124,6 +125,7 @@ def test_an_api_that_the_cluster_lacks_is_named(api: str, tmp_path: Path) -> Non
             "route.parentRefs": [{"name": "public"}],
         },
         "ScaledObject": {"autoscaling.kind": "keda", "autoscaling.keda.serverAddress": "http://prometheus"},
+        "PrometheusRule": {"monitoring.serviceMonitor.enabled": True, "monitoring.rules.enabled": True},
         "ServiceMonitor": {"monitoring.serviceMonitor.enabled": True},
         "ResourceClaimTemplate": {"scheduling.dra.enabled": True},
     }
@@ -163,6 +165,11 @@ def test_image_volumes_need_a_kubernetes_that_has_them(tmp_path: Path) -> None:
         {"cache.accessModes": []},
         {"podSecurity.runAsUser": 0},
         {"monitoring.serviceMonitor.interval": "soon"},
+        {"monitoring.rules.slo.ttftSeconds": 3},  # between two buckets
+        {"monitoring.rules.slo.interTokenSeconds": 0.11},
+        {"monitoring.rules.slo.objective": 0.9},
+        {"monitoring.rules.stallSeconds": 0},
+        {"monitoring.rules.runbooks": "see the wiki"},
     ],
     ids=str,
 )

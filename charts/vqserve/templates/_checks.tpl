@@ -140,6 +140,9 @@
     {{- fail "inferencePool.enabled and nothing routes to the pool: set route.enabled and route.parentRefs, too" -}}
   {{- end -}}
 {{- end -}}
+{{- if and .Values.monitoring.rules.enabled (not .Values.monitoring.serviceMonitor.enabled) -}}
+  {{- fail "monitoring.rules.enabled and nothing scrapes what the rules look at: set monitoring.serviceMonitor.enabled, too" -}}
+{{- end -}}
 {{- if and .Values.networkPolicy.enabled .Values.tracing.endpoint (not .Values.networkPolicy.egress) -}}
   {{- fail "tracing.endpoint is set and networkPolicy lets nothing out: allow the collector in networkPolicy.egress" -}}
 {{- end -}}
@@ -152,6 +155,7 @@
 {{- define "vqserve.checks.apis" -}}
 {{- $wanted := list
   (list .Values.monitoring.serviceMonitor.enabled "monitoring.serviceMonitor.enabled" "monitoring.coreos.com/v1" "ServiceMonitor" "the Prometheus operator's CRDs")
+  (list .Values.monitoring.rules.enabled "monitoring.rules.enabled" "monitoring.coreos.com/v1" "PrometheusRule" "the Prometheus operator's CRDs")
   (list .Values.route.enabled "route.enabled" "gateway.networking.k8s.io/v1" "HTTPRoute" "Gateway API's CRDs")
   (list .Values.inferencePool.enabled "inferencePool.enabled" "inference.networking.k8s.io/v1" "InferencePool" "the CRDs of Gateway API's inference extension")
   (list (eq .Values.autoscaling.kind "keda") "autoscaling.kind keda" "keda.sh/v1alpha1" "ScaledObject" "KEDA")
