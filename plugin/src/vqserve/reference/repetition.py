@@ -9,9 +9,9 @@ its own repetition. The penalty of a token `t`, in logits, is
     strength * max over j with out[j] == t of max(0, m[j] - min_length + 1)
 
 so nothing shorter than `min_length` is touched, every further token costs `strength` more, and a token that never
-followed costs nothing. This is the match search of LZ77, after the LZ penalty (Ginart et al., arXiv:2504.20131), with the
-match length itself in place of a code length: a loop's match grows without end, and with it what its next token costs,
-while a sum's digits, a phrase or a name repeated end before `min_length`.
+followed costs nothing. This is the match search of LZ77, after the LZ penalty (Ginart et al., arXiv:2504.20131), with
+the match length itself in place of a code length: a loop's match grows up to `longest`, and with it what its next token
+costs, while a repeated number, phrase or name ends before `min_length`.
 """
 
 from __future__ import annotations

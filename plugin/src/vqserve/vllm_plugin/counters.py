@@ -1,10 +1,10 @@
 """What the safety nets count, from the engine's processes to /metrics.
 
-Logits processors run in the engine; vLLM's API server, which answers `/metrics`, is another process, and between the two
-there is no channel for numbers of ours. So `vqserve serve` makes an anonymous file in memory before it becomes the API
-server, and names it to the engine by a path in the environment: `/proc/PID/fd/N`. Nothing is left behind when the server
-ends, however it ends. Each engine of data parallelism has a row of its own, written by its first rank alone, so no two
-processes write the same number, and each number is one aligned word, which a reader sees whole.
+Logits processors run in the engine; vLLM's API server, which answers `/metrics`, is another process, and between the
+two there is no channel for numbers of ours. So `vqserve serve` makes an anonymous file in memory before it becomes the
+API server, and names it to the engine by a path in the environment: `/proc/PID/fd/N`. Nothing is left behind when the
+server ends, however it ends. Each engine of data parallelism has a row of its own, written by its first rank alone, so
+no two processes write the same number, and each number is one aligned word, which a reader sees whole.
 """
 
 from __future__ import annotations

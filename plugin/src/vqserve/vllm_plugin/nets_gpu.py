@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.sampling_params import SamplingParams
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcessor, LogitsProcRequestState
 
 from vqserve.settings import AntiRepetition, anti_repetition
@@ -38,10 +39,8 @@ class SafetyNets(LogitsProcessor):
         self._strength_np = np.zeros(slots, np.float32)
         self._lengths_np = np.ones((slots, 2), np.int32)  # min_length and window
         self._budget_np = np.full(slots, -1, np.int64)
-        self._strength = torch.zeros(slots, device=device)
-        self._lengths = torch.ones(slots, 2, dtype=torch.int32, device=device)
-        self._budget = torch.full((slots,), -1, device=device)
-        self._stale = False
+        self._stale = True
+        self.apply_staged_writes()
         self._counted = torch.zeros(len(NAMES), dtype=torch.int64, device=device)
         self._read = torch.zeros(len(NAMES), dtype=torch.int64, pin_memory=device.type == "cuda")
 
@@ -55,18 +54,18 @@ class SafetyNets(LogitsProcessor):
 
     def apply_staged_writes(self) -> None:
         if self._stale:
-            self._strength.copy_(torch.from_numpy(self._strength_np))
-            self._lengths.copy_(torch.from_numpy(self._lengths_np))
-            self._budget.copy_(torch.from_numpy(self._budget_np))
+            self._strength = self._on_device(self._strength_np, torch.float32)
+            self._lengths = self._on_device(self._lengths_np, torch.int32)
+            self._budget = self._on_device(self._budget_np, torch.int64)
             self._stale = False
 
     def apply(self, logits: Tensor, ctx: LogitsContext) -> Tensor:
+        for counter, number in enumerate(self._read.tolist()):
+            self._counters.set(counter, number)
         penalised = bool((self._strength_np[ctx.idx_mapping_np] > 0).any())
         budget = self._closing(ctx)
         if not penalised and budget is None:
             return logits
-        for counter, number in enumerate(self._read.tolist()):
-            self._counters.set(counter, number)
         slots = ctx.expanded_idx_mapping.long()
         sampled = ctx.pos + 1 >= self._states.total_len.gpu[slots]  # not while a prompt comes in chunks
         if penalised:
@@ -77,6 +76,9 @@ class SafetyNets(LogitsProcessor):
             self._counted[THINKING_CLOSED] += (self._closed(slots, ctx, budget) & sampled).sum()
         self._read.copy_(self._counted, non_blocking=True)
         return logits
+
+    def _on_device(self, values: np.ndarray, dtype: torch.dtype) -> Tensor:
+        return async_tensor_h2d(values.tolist(), dtype=dtype, device=self._states.device)
 
     def _recent(self, slots: Tensor, ctx: LogitsContext) -> Tensor:
         """int32 [R, W], the generated tokens of the window, -1 left of them."""

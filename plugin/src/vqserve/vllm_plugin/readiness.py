@@ -44,8 +44,9 @@ from vllm.tasks import SupportedTask
 
 from vqserve.format.errors import CheckpointError, UsageError
 from vqserve.format.known_answers import KnownAnswer, read_known_answers
-from vqserve.settings import warm_up_seconds
+from vqserve.settings import thinking_budget, warm_up_seconds
 from vqserve.vllm_plugin.guard import Guard, is_probe, keys_of
+from vqserve.vllm_plugin.nets import ARGUMENT
 from vqserve.vllm_plugin.warm_up import Ask, Reply, WarmUpError, warm_up
 
 _RETRY_SECONDS = 5
@@ -207,6 +208,9 @@ def _asking(state: State) -> Ask:
                 "chat_template_kwargs": prompt.chat_template_kwargs,
                 "max_tokens": prompt.max_tokens,
                 "temperature": 0.0,
+                # The answers are the weights' own: no safety net shall have a part in them.
+                "thinking_token_budget": prompt.max_tokens if thinking_budget() else None,
+                "vllm_xargs": {ARGUMENT: 0.0},
             }
         )
         answer = await state.openai_serving_chat.create_chat_completion(request)
