@@ -1,4 +1,4 @@
-"""The safety nets in vLLM: what requests may ask, the adapter for CPUs in an engine, that for GPUs by its definition."""
+"""The safety nets in vLLM: what requests may ask, the adapter for CPUs in an engine, and that for GPUs."""
 
 from __future__ import annotations
 
