@@ -23,7 +23,7 @@ from vqserve.vllm_plugin.repetition import LONGEST
 ON_CPU = "vqserve.vllm_plugin.nets_cpu:SafetyNets"
 
 
-def asked(value: object, server: str | None = "0.5,16,2048") -> str:
+def asked(value: object, server: str | None = "0.5,64,2048") -> str:
     """What becomes of a request's argument, an error included; runs in the engine's process."""
     from vllm import SamplingParams
 
@@ -50,7 +50,7 @@ def budget_of(asked_for: int | None) -> int | None:
 
 @pytest.mark.slow
 def test_a_request_overrides_the_server(engines: EngineProcess) -> None:
-    def becomes(value: object, server: str | None = "0.5,16,2048") -> str:
+    def becomes(value: object, server: str | None = "0.5,64,2048") -> str:
         return str(engines.call(asked, value, server))
 
     assert becomes(None) == str(AntiRepetition(0.5))

@@ -88,7 +88,7 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--anti-repetition",
         metavar="STRENGTH[,MIN_LENGTH[,WINDOW]]",
-        help="penalise tokens that prolong a repetition of MIN_LENGTH (16) generated tokens or more, STRENGTH logits "
+        help="penalise tokens that prolong a repetition of MIN_LENGTH (64) generated tokens or more, STRENGTH logits "
         "per token of it; 0: only where a request asks for it (default: off)",
     )
     parser.add_argument(
