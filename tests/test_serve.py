@@ -20,7 +20,7 @@ from random_parent import make_random_parent
 from vqserve.cli import main
 from vqserve.format.manifest import write_manifest
 from vqserve.installation import PLUGINS
-from vqserve.settings import SPINE
+from vqserve.settings import ANTI_REPETITION, SPINE, THINKING_BUDGET
 
 Capture = pytest.CaptureFixture[str]
 
@@ -320,6 +320,56 @@ def test_the_time_for_the_warm_up_can_be_set(
     environment, _ = printed(capsys, str(random_checkpoint), "--warm-up-seconds", "90")
     assert environment["VQSERVE_WARM_UP_SECONDS"] == "90"
     assert "VQSERVE_WARM_UP_SECONDS" not in printed(capsys, str(random_checkpoint))[0]
+
+
+def test_no_safety_net_is_there_unless_configured(
+    random_checkpoint: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (ANTI_REPETITION, THINKING_BUDGET):
+        monkeypatch.delenv(name, raising=False)
+    environment, command = printed(capsys, str(random_checkpoint))
+    assert "--logits-processors" not in command
+    assert not {ANTI_REPETITION, THINKING_BUDGET} & environment.keys()
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "text"),
+    [
+        ("--anti-repetition", ANTI_REPETITION, "0"),
+        ("--anti-repetition", ANTI_REPETITION, "0.5,16"),
+        ("--thinking-budget", THINKING_BUDGET, "4096"),
+    ],
+)
+def test_a_safety_net_is_named_to_vllm(
+    option: str, name: str, text: str, random_checkpoint: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment, command = printed(capsys, str(random_checkpoint), option, text)
+    assert environment[name] == text
+    assert value(command, "--logits-processors") == "vqserve.vllm_plugin.nets_cpu:SafetyNets"
+    monkeypatch.setenv(name, text)
+    assert value(printed(capsys, str(random_checkpoint))[1], "--logits-processors").startswith("vqserve.")
+
+
+@pytest.mark.parametrize("text", ["", "x", "-1", "nan", "101", "1,0", "1,16,16", "1,16,99999", "1,2,3,4", "\u0661"])
+def test_a_penalty_that_cannot_be_is_refused(
+    text: str, random_checkpoint: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = "expected STRENGTH[,MIN_LENGTH[,WINDOW]]"
+    line = refused(capsys, str(random_checkpoint), f"--anti-repetition={text}")
+    assert line.startswith("vqserve: error: --anti-repetition ")
+    assert expected in line
+    if text:
+        monkeypatch.setenv(ANTI_REPETITION, text)
+        assert expected in refused(capsys, str(random_checkpoint), "--print")
+
+
+def test_a_logits_processor_of_one_s_own_does_not_silently_displace_the_nets(
+    random_checkpoint: Path, capsys: Capture
+) -> None:
+    own = ("--", "--logits-processors", "own:Processor")
+    line = refused(capsys, str(random_checkpoint), "--anti-repetition", "1", "--print", *own)
+    assert "--logits-processors would take the place of --anti-repetition and --thinking-budget" in line
+    assert value(printed(capsys, str(random_checkpoint), *own)[1], "--logits-processors") == "own:Processor"
 
 
 def test_known_answers_that_cannot_be_read_are_found_before_the_start(

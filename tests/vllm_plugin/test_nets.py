@@ -1,0 +1,224 @@
+"""The safety nets in vLLM: what requests may ask, the adapter for CPUs in an engine, and that for GPUs."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_plugin.engine_process import EngineProcess, Question
+from vqserve.format.errors import UsageError
+from vqserve.reference import repetition as reference
+from vqserve.settings import ANTI_REPETITION, THINKING_BUDGET, AntiRepetition
+from vqserve.vllm_plugin.counters import STEERED, THINKING_CLOSED, Counters, collector
+from vqserve.vllm_plugin.repetition import LONGEST
+
+ON_CPU = "vqserve.vllm_plugin.nets_cpu:SafetyNets"
+
+
+def asked(value: object, server: str | None = "0.5,64,2048") -> str:
+    """What becomes of a request's argument, an error included; runs in the engine's process."""
+    from vllm import SamplingParams
+
+    from vqserve.vllm_plugin.nets import ARGUMENT, asked_of
+
+    with patch.dict(os.environ, {ANTI_REPETITION: server or ""}):
+        try:
+            return str(asked_of(SamplingParams(extra_args=None if value is None else {ARGUMENT: value})))
+        except ValueError as error:
+            return str(error)
+
+
+def budget_of(asked_for: int | None) -> int | None:
+    """The thinking budget that a request leaves the API server with; runs in the engine's process."""
+    from vllm import SamplingParams
+
+    from vqserve.vllm_plugin.nets_cpu import SafetyNets
+
+    params = SamplingParams(thinking_token_budget=asked_for)
+    with patch.dict(os.environ, {THINKING_BUDGET: "50"}):
+        SafetyNets.validate_params(params)
+    return params.thinking_token_budget
+
+
+@pytest.mark.slow
+def test_a_request_overrides_the_server(engines: EngineProcess) -> None:
+    def becomes(value: object, server: str | None = "0.5,64,2048") -> str:
+        return str(engines.call(asked, value, server))
+
+    assert becomes(None) == str(AntiRepetition(0.5))
+    assert becomes(None, None) == becomes(0) == becomes(0.0) == str(AntiRepetition(0.0))
+    assert becomes(1) == becomes("1") == str(AntiRepetition(1.0))
+    assert becomes("2,20") == str(AntiRepetition(2.0, 20))
+    assert becomes("2,20,100") == str(AntiRepetition(2.0, 20, 100))
+    for wrong in (-1, 101, True, "much", [1, 2], float("nan"), "1,0", "1,16,16"):
+        assert "expected STRENGTH[,MIN_LENGTH[,WINDOW]]" in becomes(wrong)
+        assert "0 turns it off" in becomes(wrong)
+    assert "at most this server's, 2048" in becomes("1,16,4096")
+    assert engines.call(budget_of, None) == 50
+    assert engines.call(budget_of, 7) == 7
+
+
+def in_order(engine: Any) -> list[int]:
+    """What the engine's processor counted."""
+    counted: list[int] = engine.collective_rpc(_counted)[0]
+    return counted
+
+
+def _counted(worker: Any) -> list[int]:
+    processors = worker.model_runner.input_batch.logitsprocs.all
+    [nets] = [processor for processor in processors if type(processor).__module__ == "vqserve.vllm_plugin.nets_cpu"]
+    values: list[int] = nets._counters.values()
+    return values
+
+
+@pytest.mark.slow
+def test_an_engine_picks_the_token_that_is_likeliest_after_the_penalty(
+    random_checkpoint: Path, prompts: list[list[int]]
+) -> None:
+    setting = AntiRepetition(3.0, 3, 60)
+    engines = EngineProcess(**{ANTI_REPETITION: "3,3,60", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"})
+    try:
+        question = Question(
+            random_checkpoint, prompts, generate=80, inspect=in_order, options={"logits_processors": [ON_CPU]}
+        )
+        answers, counted = engines.ask(question)
+    finally:
+        engines.stop()
+    steered = changed = 0
+    for answer, prompt in zip(answers, prompts, strict=True):
+        out = answer.tokens[len(prompt) :]
+        for n, (token, logits) in enumerate(zip(out, answer.logits, strict=True)):
+            costs = reference.penalties(out[:n], **vars(setting), longest=LONGEST)
+            steered += costs.get(int(logits.argmax()), 0) > 0
+            wanted = logits.clone()
+            for other, cost in costs.items():
+                wanted[other] -= cost
+            assert wanted[token] == wanted.max()
+            changed += token != int(logits.argmax())
+    assert counted[STEERED] == steered
+    assert changed > 0
+
+
+START, END = 1, 2
+
+
+def gpu_nets(setting: str, outputs: list[tuple[list[int], list[int]]], drafts: int, budgets: list[int | None]) -> Any:
+    """What the adapter for GPUs takes from logits, here on the CPU: costs [rows, 20] and counts; in vLLM's process.
+
+    Args:
+        setting: Of the server.
+        outputs: Prompt and answer of each request, the last `drafts` tokens of the answer being drafts.
+        drafts: Draft tokens of every request.
+        budgets: Thinking budget of each request.
+    """
+    from vllm import SamplingParams
+
+    from vqserve.vllm_plugin import nets_gpu
+
+    slots = random.sample(range(len(outputs) + 3), len(outputs))
+    tokens = torch.full((len(outputs) + 3, 400), 7, dtype=torch.int32)
+    total, prompt_len = torch.zeros(len(tokens), dtype=torch.int32), torch.zeros(len(tokens), dtype=torch.int32)
+    rows: list[tuple[int, int, int, int]] = []  # slot, offset, position, token fed
+    for slot, (prompt, out) in zip(slots, outputs, strict=True):
+        whole = [*prompt, *out]
+        committed = len(whole) - drafts
+        tokens[slot, :committed] = torch.tensor(whole[:committed])
+        total[slot], prompt_len[slot] = committed, len(prompt)
+        rows += [(slot, k, committed - 1 + k, whole[committed - 1 + k]) for k in range(drafts + 1)]
+    states = SimpleNamespace(
+        device=torch.device("cpu"),
+        max_num_reqs=len(tokens),
+        all_token_ids=SimpleNamespace(gpu=tokens),
+        total_len=SimpleNamespace(gpu=total),
+        prompt_len=SimpleNamespace(gpu=prompt_len, np=prompt_len.numpy()),
+    )
+    config = SimpleNamespace(
+        reasoning_config=SimpleNamespace(
+            enabled=True, reasoning_start_token_ids=[START], natural_reasoning_end_token_ids=[END]
+        ),
+        parallel_config=SimpleNamespace(rank=0, tensor_parallel_size=1, data_parallel_index=0),
+    )
+    slot_of, offset, pos, fed = (torch.tensor(column) for column in zip(*rows, strict=True))
+    context: Any = SimpleNamespace(
+        expanded_idx_mapping=slot_of,
+        idx_mapping_np=np.array(slots),
+        expanded_local_pos=offset,
+        input_ids=fed,
+        pos=pos,
+        seq_lens_upper_bound_np=np.array([int(total[slot]) for slot in slots]),
+    )
+    logits = torch.zeros(len(rows), 20)
+    with patch.dict(os.environ, {ANTI_REPETITION: setting}):
+        nets = nets_gpu.SafetyNets(config, states)  # type: ignore[arg-type]
+        for slot, budget in zip(slots, budgets, strict=True):
+            nets.add_request(slot, SamplingParams(thinking_token_budget=budget))
+    nets.apply_staged_writes()
+    logits = nets.apply(logits, context)
+    nets.apply(torch.zeros(len(rows), 20), context)  # publishes what the first counted
+    return -logits, nets._counters.values()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_the_adapter_for_gpus_penalises_as_the_definition_says(drafts: int, engines: EngineProcess, seed: int) -> None:
+    draw = random.Random(seed)
+    outputs = []
+    for _ in range(12):
+        loop = draw.choices(range(3, 20), k=draw.randint(1, 9))
+        out = draw.choices(range(3, 20), k=draw.randint(4, 60)) + loop * draw.randint(1, 30)
+        outputs.append((draw.choices(range(3, 20), k=draw.randint(1, 40)), out[:300]))
+    costs, _ = engines.call(gpu_nets, "0.7,4,100", outputs, drafts, [None] * len(outputs))
+    row = 0
+    for _, out in outputs:
+        for n in range(len(out) - drafts, len(out) + 1):
+            found = reference.penalties(out[:n], strength=0.7, min_length=4, window=100, longest=LONGEST)
+            wanted = torch.tensor([found.get(token, 0.0) for token in range(20)])
+            torch.testing.assert_close(costs[row], wanted)
+            row += 1
+
+
+@pytest.mark.slow
+def test_the_adapter_for_gpus_counts_thinking_that_its_budget_closes(engines: EngineProcess) -> None:
+    opened = ([5, START], [6] * 10)
+    outputs = [opened, opened, ([5, START], [6] * 9 + [END]), ([5], [START, *[6] * 10]), ([5], [6] * 10), opened]
+    _, counted = engines.call(gpu_nets, "0", outputs, 0, [10, 11, 10, 10, 10, None])
+    assert counted[THINKING_CLOSED] == 2
+
+
+@pytest.fixture
+def counters_path(tmp_path: Path) -> str:
+    path = tmp_path / "counters"
+    path.write_bytes(bytes(4096))
+    return str(path)
+
+
+def test_counters_reach_prometheus(counters_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert collector("glm") is None
+    monkeypatch.setenv("VQSERVE_COUNTERS", counters_path)
+    Counters(1).add(STEERED, 3)
+    Counters(0).add(THINKING_CLOSED, 1)
+    Counters(0, "").add(THINKING_CLOSED, 100)  # a rank that nobody listens to
+    found = collector("glm", [0, 1])
+    assert found is not None
+    samples = {(s.name, s.labels["engine"]): s.value for family in found.collect() for s in family.samples}
+    assert samples == {
+        ("vqserve_thinking_closed_total", "0"): 1,
+        ("vqserve_thinking_closed_total", "1"): 0,
+        ("vqserve_anti_repetition_tokens_total", "0"): 0,
+        ("vqserve_anti_repetition_tokens_total", "1"): 3,
+    }
+
+
+def test_counters_that_cannot_be_are_refused(counters_path: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no room for engine 256"):
+        Counters(256, counters_path)
+    with pytest.raises(UsageError, match="unset it to count nothing"):
+        Counters(0, str(tmp_path / "nowhere"))
