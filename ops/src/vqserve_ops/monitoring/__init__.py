@@ -1,0 +1,1 @@
+"""What Prometheus and Grafana are given to look after a release of the chart."""
