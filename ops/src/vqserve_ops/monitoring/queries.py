@@ -125,9 +125,7 @@ def _gpu(name: str, metric: str, unit: str, legend: str, function: str = "{}") -
 
 # Overview
 STATUS = Query("status", f"max by (pod, status) (vqserve_server_status{{{MODEL}}}) == 1", units.NoUnit, "{{status}}")
-REPLICAS = Query(
-    "replicas_by_status", f"sum by (status) (vqserve_server_status{{{MODEL}}})", units.Short, "{{status}}"
-)
+REPLICAS = Query("replicas_by_status", f"sum by (status) (vqserve_server_status{{{MODEL}}})", units.Short, "{{status}}")
 SILENCE = Query(
     "seconds_since_last_token", f"max by (pod) (vqserve_seconds_since_last_token{{{MODEL}}})", units.Seconds, "{{pod}}"
 )
@@ -238,7 +236,9 @@ FINISHED = Query(
 )
 _SPEED = f"sum by (le, concurrency) ({_rate('vqserve_stream_tokens_per_second_bucket')})"
 SPEED = Query("stream_speed_p50", f"histogram_quantile(0.5, {_SPEED})", TOKENS_PER_SECOND, "{{concurrency}} at once")
-SPEED_LOW = Query("stream_speed_p5", f"histogram_quantile(0.05, {_SPEED})", TOKENS_PER_SECOND, "{{concurrency}} at once")
+SPEED_LOW = Query(
+    "stream_speed_p5", f"histogram_quantile(0.05, {_SPEED})", TOKENS_PER_SECOND, "{{concurrency}} at once"
+)
 THINKING_CLOSED = Query(
     "thinking_closed", f"sum({_rate('vqserve_thinking_closed_total')})", EVENTS_PER_SECOND, "thinking closed"
 )
