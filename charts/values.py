@@ -234,8 +234,19 @@ class ServiceMonitor(Section):
     labels: Names = Field({}, description="By which a Prometheus selects its monitors.")
 
 
+class Dashboards(Section):
+    enabled: bool = Field(
+        False,
+        description="Dashboards for Grafana, a ConfigMap each. All releases are in them: one release that brings them is"
+        " enough for a Grafana.",
+    )
+    labels: Names = Field({"grafana_dashboard": "1"}, description="By which Grafana's sidecar finds ConfigMaps.")
+    annotations: Names = Field({}, description="Of the ConfigMaps, as `grafana_folder: vqserve`.")
+
+
 class Monitoring(Section):
     serviceMonitor: ServiceMonitor = Field(ServiceMonitor(), description="ServiceMonitor (monitoring.coreos.com).")
+    dashboards: Dashboards = Field(Dashboards(), description="What Grafana shows.")
 
 
 class Tracing(Section):

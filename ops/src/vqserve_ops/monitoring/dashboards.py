@@ -161,7 +161,7 @@ def _context() -> dict[str, Sequence[AnyPanel]]:
                 q.CONTEXT_SHARE, PercentUnit,
             ),
             buckets("Tokens", "Prompt and answer of finished requests in tokens.", q.CONTEXT_TOKENS, Short),
-            lines("Against the cap", "The longest contexts, and the most that is served.", q.CONTEXT_P95, q.CONTEXT_LIMIT),
+            lines("Against the cap", "Long contexts, and the most that is served.", q.CONTEXT_P95, q.CONTEXT_LIMIT),
             lines("Near the cap", "Share of finished requests that used over 90 % of the cap.", q.NEAR_LIMIT, top=1),
             lines("At the cap", "Requests refused or cut off because of the cap.", q.OVER_LIMIT, q.CUT_OFF),
         ],
@@ -189,8 +189,7 @@ def _quality() -> dict[str, Sequence[AnyPanel]]:
             ),
             lines(
                 "Goodput",
-                "Least share of finished requests that can have met all three thresholds; the true one is no less, and at"
-                " most the lowest line beside this.",
+                "The least share of requests that can have met all three thresholds, from the shares beside this.",
                 q.GOODPUT, top=1, width=12,
             ),
         ],

@@ -1,4 +1,4 @@
-"""Panels of the dashboards: a title, one sentence on what it shows, and queries, which also say the unit and legends."""
+"""Panels of the dashboards: a title, a sentence on what it shows, and queries, which also say the unit and legends."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def buckets(title: str, description: str, query: Query, of: str, width: int = 12
         .cell_values(heatmap.CellValues().unit(Short).decimals(0))
         .rows_frame(heatmap.RowsHeatmapOptions().layout(HeatmapCellLayout.AUTO))
         .show_legend()
-        .show_tooltip()
+        .mode(TooltipDisplayMode.SINGLE)
     )
 
 

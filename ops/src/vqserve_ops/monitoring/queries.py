@@ -1,7 +1,7 @@
 """Every question that the dashboards ask, once.
 
-Rates and quantiles are taken over Grafana's `$__rate_interval`, which is four scrapes at least. What the engine exports is
-found by namespace, Service and model; what others export about its pods, by their names: the Deployment is called as
+Rates and quantiles are taken over Grafana's `$__rate_interval`, which is four scrapes at least. What the engine exports
+is found by namespace, Service and model; what others export about its pods, by their names: the Deployment is called as
 the Service is.
 """
 
