@@ -237,8 +237,7 @@ class ServiceMonitor(Section):
 class Dashboards(Section):
     enabled: bool = Field(
         False,
-        description="Dashboards for Grafana, a ConfigMap each. All releases are in them: one release that brings them is"
-        " enough for a Grafana.",
+        description="Dashboards for Grafana, a ConfigMap each. They show any release: one that brings them is enough.",
     )
     labels: Names = Field({"grafana_dashboard": "1"}, description="By which Grafana's sidecar finds ConfigMaps.")
     annotations: Names = Field({}, description="Of the ConfigMaps, as `grafana_folder: vqserve`.")

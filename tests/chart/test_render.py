@@ -201,3 +201,20 @@ def test_the_autoscaler_of_kubernetes_renders(tmp_path: Path) -> None:
     scaler = of_kind("HorizontalPodAutoscaler", found)
     kubernetes_validate.validate(scaler, MINORS[0], strict=True)
     assert "replicas" not in of_kind("Deployment", found)["spec"]
+
+
+def test_dashboards_come_as_they_are_for_grafanas_sidecar_to_find(tmp_path: Path) -> None:
+    values = written(
+        {
+            "model": {"pvc": {"claimName": "glm"}},
+            "monitoring": {"dashboards": {"enabled": True, "labels": {"team": "a"}, "annotations": {"folder": "b"}}},
+        },
+        tmp_path,
+    )
+    maps = [item for item in objects(rendered("--values", values)) if item["kind"] == "ConfigMap"]
+    assert {key: text for item in maps for key, text in item["data"].items()} == {
+        f"vqserve-{path.name}": path.read_text("utf-8") for path in (CHART / "files" / "dashboards").iterdir()
+    }
+    for item in maps:
+        assert {"grafana_dashboard": "1", "team": "a"}.items() <= item["metadata"]["labels"].items()
+        assert item["metadata"]["annotations"] == {"folder": "b"}

@@ -148,7 +148,8 @@ DCGM_DEFAULTS = frozenset(
         "PROF_PCIE_TX_BYTES", "PROF_PCIE_RX_BYTES",
     )
 )  # fmt: skip
-"""What NVIDIA's dcgm-exporter exports unless told otherwise: `etc/default-counters.csv` of github.com/NVIDIA/dcgm-exporter
-in its versions 3.3 to 4. Those with PROF take a GPU whose profiling counters DCGM may read. Versions 2 had PCIe's bytes as
-`DEV_PCIE_TX_THROUGHPUT` and `DEV_PCIE_RX_THROUGHPUT`, in KB.
+"""What NVIDIA's dcgm-exporter exports unless told otherwise, in versions 3.3 to 4.
+
+From `etc/default-counters.csv` of github.com/NVIDIA/dcgm-exporter. Those with PROF take a GPU whose profiling counters
+DCGM may read. Versions 2 had PCIe's bytes as `DEV_PCIE_TX_THROUGHPUT` and `DEV_PCIE_RX_THROUGHPUT`, in KB.
 """

@@ -11,9 +11,6 @@ _RANGE = re.compile(r"\[[^\[\]]*\]")
 _LABELS = re.compile(r"\b(?:by|without|on|ignoring|group_left|group_right)\s*\([^()]*\)", re.IGNORECASE)
 _NUMBER = re.compile(r"(?<![\w:])\d[\w.]*")
 _NAME = re.compile(r"(?<![\w:$.])[A-Za-z_:][\w:]*(?!\s*\(|[\w:])")
-_AGGREGATION = re.compile(
-    r"\b(sum|avg|min|max|count|topk|bottomk|group|stddev|stdvar|quantile|count_values)\b\s*", re.IGNORECASE
-)
 _WORDS = {"and", "or", "unless", "bool", "offset", "group_left", "group_right", "inf", "nan", "atan2", "start", "end"}
 _VARIABLE = re.compile(r"\$(\w+)|\$\{(\w+)\}")
 
@@ -27,7 +24,6 @@ def metric_names(expr: str) -> set[str]:
     rest = _STRING.sub("''", expr)
     for pattern in (_SELECTOR, _RANGE, _LABELS, _NUMBER):
         rest = pattern.sub(" ", rest)
-    rest = _AGGREGATION.sub(" ", rest)
     return {name for name in _NAME.findall(rest) if name.lower() not in _WORDS}
 
 

@@ -124,7 +124,9 @@ def _gpu(name: str, metric: str, unit: str, legend: str, function: str = "{}") -
 
 
 # Overview
-STATUS = Query("status", f"max by (pod, status) (vqserve_server_status{{{MODEL}}}) == 1", units.NoUnit, "{{status}}")
+STATUS = Query(
+    "status", f"max by (pod, status) (vqserve_server_status{{{MODEL}}}) == 1", units.NoUnit, "{{pod}}: {{status}}"
+)
 REPLICAS = Query("replicas_by_status", f"sum by (status) (vqserve_server_status{{{MODEL}}})", units.Short, "{{status}}")
 SILENCE = Query(
     "seconds_since_last_token", f"max by (pod) (vqserve_seconds_since_last_token{{{MODEL}}})", units.Seconds, "{{pod}}"
