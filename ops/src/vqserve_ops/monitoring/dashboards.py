@@ -225,13 +225,13 @@ def _gpus() -> dict[str, Sequence[AnyPanel]]:
             lines("Busy", "Share of time in which some kernel ran.", q.GPU_BUSY, top=100),
             lines("Memory busy", "Share of time in which memory was read or written.", q.GPU_COPY, top=100),
             lines(
-                "Memory bandwidth", "Share of cycles in which memory's interface moved data, where DCGM may profile.",
+                "Memory bandwidth", "Share of cycles in which memory's interface moved data, where DCGM can profile the card.",
                 q.GPU_DRAM, top=1,
             ),
         ],
         "PCIe": [
             lines(
-                "Traffic", "Bytes over PCIe, headers included, where DCGM may profile.",
+                "Traffic", "Bytes over PCIe, headers included, where DCGM can profile the card.",
                 q.GPU_RX, q.GPU_TX, width=12,
             ),
             lines("Replays", "Packets sent again, which a sound link hardly ever does.", q.GPU_REPLAYS, width=12),

@@ -140,7 +140,7 @@ DCGM_DEFAULTS = frozenset(
         "DEV_PCIE_REPLAY_COUNTER",
         "DEV_GPU_UTIL", "DEV_MEM_COPY_UTIL", "DEV_ENC_UTIL", "DEV_DEC_UTIL",
         "DEV_XID_ERRORS",
-        "DEV_FB_FREE", "DEV_FB_USED",
+        "DEV_FB_FREE", "DEV_FB_USED", "DEV_FB_RESERVED",
         "DEV_UNCORRECTABLE_REMAPPED_ROWS", "DEV_CORRECTABLE_REMAPPED_ROWS", "DEV_ROW_REMAP_FAILURE",
         "DEV_NVLINK_BANDWIDTH_TOTAL",
         "DEV_VGPU_LICENSE_STATUS",
@@ -148,8 +148,9 @@ DCGM_DEFAULTS = frozenset(
         "PROF_PCIE_TX_BYTES", "PROF_PCIE_RX_BYTES",
     )
 )  # fmt: skip
-"""What NVIDIA's dcgm-exporter exports unless told otherwise, in versions 3.3 to 4.
+"""What NVIDIA's dcgm-exporter exports unless told otherwise.
 
-From `etc/default-counters.csv` of github.com/NVIDIA/dcgm-exporter. Those with PROF take a GPU whose profiling counters
-DCGM may read. Versions 2 had PCIe's bytes as `DEV_PCIE_TX_THROUGHPUT` and `DEV_PCIE_RX_THROUGHPUT`, in KB.
+From `etc/default-counters.csv` of github.com/NVIDIA/dcgm-exporter at commit 7ad58324 (version 4.8). Those with PROF take
+a datacenter GPU, whose profiling counters DCGM can read. Version 2 had PCIe's bytes as `DEV_PCIE_TX_THROUGHPUT` and
+`DEV_PCIE_RX_THROUGHPUT`, in KB.
 """
