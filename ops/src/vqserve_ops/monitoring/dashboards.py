@@ -225,7 +225,7 @@ def _gpus() -> dict[str, Sequence[AnyPanel]]:
             lines("Busy", "Share of time in which some kernel ran.", q.GPU_BUSY, top=100),
             lines("Memory busy", "Share of time in which memory was read or written.", q.GPU_COPY, top=100),
             lines(
-                "Memory bandwidth", "Share of cycles in which memory's interface moved data, where DCGM can profile the card.",
+                "Memory bandwidth", "Share of cycles in which memory moved data, if DCGM can profile the card.",
                 q.GPU_DRAM, top=1,
             ),
         ],
