@@ -151,6 +151,6 @@ DCGM_DEFAULTS = frozenset(
 """What NVIDIA's dcgm-exporter exports unless told otherwise.
 
 From `etc/default-counters.csv` of github.com/NVIDIA/dcgm-exporter at commit 7ad58324 (version 4.8). Those with PROF
-take a datacenter GPU, whose profiling counters DCGM can read. Version 2 had PCIe's bytes as `DEV_PCIE_TX_THROUGHPUT` and
+take a datacenter GPU, whose profiling counters DCGM reads. Version 2 had PCIe's bytes as `DEV_PCIE_TX_THROUGHPUT` and
 `DEV_PCIE_RX_THROUGHPUT`, in KB.
 """
