@@ -60,11 +60,12 @@ format: .venv/.dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-## chart   write the chart's values, their schema and table, and the alerts anew from Python, and package it into build/
+## chart   write the chart's values, their schema and table, alerts and dashboards anew, and package it into build/
 .PHONY: chart
 chart: .venv/.dev
 	$(BIN)/python charts/generate.py
 	$(BIN)/python -m vqserve_ops.monitoring.write_rules charts/vqserve/files/rules.yaml
+	$(BIN)/python -m vqserve_ops.monitoring.generate charts/vqserve/files/dashboards
 	$(BIN)/helm package charts/vqserve --destination build
 
 ## lock    resolve the locks anew; UPGRADE=--upgrade takes newer versions

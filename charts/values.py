@@ -301,9 +301,19 @@ class Rules(Section):
     )
 
 
+class Dashboards(Section):
+    enabled: bool = Field(
+        False,
+        description="Dashboards for Grafana, a ConfigMap each. They show any release: one that brings them is enough.",
+    )
+    labels: Names = Field({"grafana_dashboard": "1"}, description="By which Grafana's sidecar finds ConfigMaps.")
+    annotations: Names = Field({}, description="Of the ConfigMaps, as `grafana_folder: vqserve`.")
+
+
 class Monitoring(Section):
     serviceMonitor: ServiceMonitor = Field(ServiceMonitor(), description="ServiceMonitor (monitoring.coreos.com).")
     rules: Rules = Field(Rules(), description="PrometheusRule (monitoring.coreos.com).")
+    dashboards: Dashboards = Field(Dashboards(), description="What Grafana shows.")
 
 
 class Tracing(Section):

@@ -305,7 +305,7 @@ def test_vllm_is_told_of_our_plugins_and_of_those_the_caller_names(
         monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     else:
         monkeypatch.setenv("VLLM_PLUGINS", named)
-    assert printed(capsys, str(random_checkpoint))[0]["VLLM_PLUGINS"] == f"vqserve,vqserve-readiness{others}"
+    assert printed(capsys, str(random_checkpoint))[0]["VLLM_PLUGINS"] == f"{','.join(PLUGINS)}{others}"
 
 
 def test_every_plugin_of_ours_is_named_to_vllm() -> None:

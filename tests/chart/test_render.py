@@ -47,7 +47,7 @@ def golden_of(values: Path) -> Path:
 
 
 def plain(values: Path) -> str:
-    """What is rendered, for people to review: without labels, our script and the rules, tested elsewhere."""
+    """What is rendered, for people to review: without labels and our files, which are tested elsewhere."""
     found = sorted(objects(rendered("--values", values)), key=lambda item: (item["kind"], item["metadata"]["name"]))
     for item in found:
         item["metadata"].pop("labels", None)
@@ -55,6 +55,8 @@ def plain(values: Path) -> str:
             item["spec"]["containers"][0]["args"] = ["(files/ask_a_sum.py)"]
         if item["kind"] == "PrometheusRule":
             item["spec"] = "(files/rules.yaml, filled in)"
+        if item["kind"] == "ConfigMap":
+            item["data"] = dict.fromkeys(item["data"], "(of files/dashboards)")
     return "".join(f"---\n{generate.dumped(item)}" for item in found)
 
 
@@ -201,3 +203,20 @@ def test_the_autoscaler_of_kubernetes_renders(tmp_path: Path) -> None:
     scaler = of_kind("HorizontalPodAutoscaler", found)
     kubernetes_validate.validate(scaler, MINORS[0], strict=True)
     assert "replicas" not in of_kind("Deployment", found)["spec"]
+
+
+def test_dashboards_come_as_they_are_for_grafanas_sidecar_to_find(tmp_path: Path) -> None:
+    values = written(
+        {
+            "model": {"pvc": {"claimName": "glm"}},
+            "monitoring": {"dashboards": {"enabled": True, "labels": {"team": "a"}, "annotations": {"folder": "b"}}},
+        },
+        tmp_path,
+    )
+    maps = [item for item in objects(rendered("--values", values)) if item["kind"] == "ConfigMap"]
+    assert {key: text for item in maps for key, text in item["data"].items()} == {
+        f"vqserve-{path.name}": path.read_text("utf-8") for path in (CHART / "files" / "dashboards").iterdir()
+    }
+    for item in maps:
+        assert {"grafana_dashboard": "1", "team": "a"}.items() <= item["metadata"]["labels"].items()
+        assert item["metadata"]["annotations"] == {"folder": "b"}
