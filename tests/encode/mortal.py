@@ -25,7 +25,8 @@ FEW_VECTORS = 2**13
 def encode_until(arguments: Sequence[str], folder: Path, kill_at: int = _NEVER) -> tuple[int, int]:
     """Runs `vqserve` and kills it just before it changes something in a folder for the `kill_at`th time.
 
-    Its codebooks are learned from `FEW_VECTORS`. A change is a file opened for writing, renamed or removed, a folder made or removed, permissions set.
+    Its codebooks are learned from `FEW_VECTORS`. A change is a file opened for writing, renamed or removed, a folder
+    made or removed, permissions set.
 
     Returns:
         The exit code, -9 if it was killed, and the number of changes.
