@@ -73,16 +73,21 @@ class Prometheus:
         found: list[Sample] = self.answer("query_range", query=expr, start=start, end=end, step=step)["result"]
         return found
 
+    def is_ready(self) -> bool:
+        """Whether it answers queries."""
+        try:
+            with urllib.request.urlopen(f"{self.url}/-/ready", timeout=DEADLINE_SECONDS):
+                return True
+        except OSError:  # nothing listens yet, or it says 503
+            return False
+
     def wait_until(self, holds: Callable[[], bool], seconds: float = DEADLINE_SECONDS) -> None:
         """Waits until something holds of it."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             assert self.process.poll() is None, self.log.read_text()[-4000:]
-            try:
-                if holds():
-                    return
-            except OSError:
-                pass  # not listening yet
+            if holds():
+                return
             time.sleep(0.05)
         raise TimeoutError(f"not within {seconds} s:\n{self.log.read_text()[-4000:]}")
 
@@ -107,7 +112,7 @@ def watching(server: str, rules: Path, folder: Path) -> Iterator[Prometheus]:
         process = subprocess.Popen([*command, f"--web.listen-address={address}"], stdout=output, stderr=output)
     try:
         started = Prometheus(f"http://{address}", process, log)
-        started.wait_until(lambda: bool(started.answer("query", query="1")))
+        started.wait_until(started.is_ready)
         yield started
     finally:
         process.terminate()
