@@ -31,7 +31,7 @@ from vqserve_ops.monitoring.promql import filled_in, metric_names
 from vqserve_ops.monitoring.queries import Query, instant
 from vqserve_ops.monitoring.rules import Alert, Recording
 
-pytestmark = [pytest.mark.system, pytest.mark.e2e]
+pytestmark = [pytest.mark.system, pytest.mark.e2e, pytest.mark.timeout(600)]
 
 PICTURES = Path(__file__).parents[2] / "docs" / "monitoring"
 DRAWN = ("overview", "context", "quality")
