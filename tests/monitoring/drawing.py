@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -63,7 +64,7 @@ def draw(path: Path, page: Page, prometheus: Prometheus, start: float, end: floa
     lines = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in panels)
     width, height = 24 * COLUMN, lines * LINE + HEADING
     figure = Figure(figsize=(width, height), facecolor="white")
-    canvas = FigureCanvasAgg(figure)
+    FigureCanvasAgg(figure)
     empty = []
     for panel in panels:
         at = panel["gridPos"]
@@ -73,28 +74,28 @@ def draw(path: Path, page: Page, prometheus: Prometheus, start: float, end: floa
             continue
         figure.text((left + 0.1) / width, (top - 0.2) / height, _title(panel), fontsize=9, color=PLAIN)
         right, bottom = left + at["w"] * COLUMN, top - at["h"] * LINE
-        rectangle = (left + LEFT, bottom + BELOW, right - left - LEFT - RIGHT, top - bottom - ABOVE - BELOW)
         if panel["type"] == "stat":
             text = _now(panel, prometheus, end)
             shown = bool(text)
             middle = (left + right) / 2 / width, (top + bottom - 0.2) / 2 / height
             figure.text(*middle, text, fontsize=12, color=COLOURS[0], ha="center", va="center")
         else:
-            axes = figure.add_axes(
-                (rectangle[0] / width, rectangle[1] / height, rectangle[2] / width, rectangle[3] / height)
-            )
+            wide, high = (right - left - LEFT - RIGHT) / width, (top - bottom - ABOVE - BELOW) / height
+            axes = figure.add_axes(((left + LEFT) / width, (bottom + BELOW) / height, wide, high))
             kind = _heatmap if panel["type"] == "heatmap" else _lines
             shown = kind(axes, panel, prometheus, start, end)
         if not shown:
             empty.append(panel["title"])
             middle = (left + right + LEFT - RIGHT) / 2 / width, (top + bottom - ABOVE + BELOW) / 2 / height
             figure.text(*middle, "no data", fontsize=9, color=MUTED, ha="center", va="center")
-    title = f"vqserve / {page.title}: the demo model on two CPU cores; seconds since the load began"
+    cores = len(os.sched_getaffinity(0))
+    title = f"vqserve / {page.title}: the demo model on {cores} CPU cores; seconds since the load began"
     figure.text(0.1 / width, 1 - 0.32 / height, title, fontsize=12, color=PLAIN)
     path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.draw()
-    # Some tens of colours are in it: a palette of them makes a third of the bytes.
-    Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(PALETTE).save(path, optimize=True)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=100)
+    with Image.open(drawn) as image:  # of few colours: a palette of them takes a third of the bytes
+        image.convert("RGB").quantize(PALETTE).save(path, optimize=True)
     return empty
 
 
