@@ -136,7 +136,7 @@ def _series(query: queries.Query, prometheus: Prometheus, start: float, end: flo
     lines = []
     for sample in prometheus.over(_asked(query), start, end, STEP_SECONDS):
         there = {round(float(at) - start): float(value) for at, value in sample["values"]}
-        values = [there.get(at, math.nan) for at in range(0, round(end - start) + 1, STEP_SECONDS)]
+        values = [there.get(at, math.nan) for at in range(0, int(end - start) + 1, STEP_SECONDS)]
         if any(map(math.isfinite, values)):
             lines.append((_legend(query, sample["metric"]), values))
     return sorted(lines, key=lambda line: (int(re.split(r"\D", line[0])[0] or 0), line[0]))  # 2-3 before 16-31
