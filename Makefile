@@ -110,7 +110,7 @@ image: .venv/.dev
 	images/build ops $(IMAGES)/ops:$(IMAGE_TAG)
 	$(BIN)/pytest -m system tests/images/test_serve_cpu.py tests/images/test_ops.py
 
-## test-system  checkov on the chart, and what needs Debian's podman, runc and prometheus: images in containers, alerts
+## test-system  checkov on the chart, and what needs Debian's podman, runc and prometheus: images in containers, monitoring
 .PHONY: test-system
 test-system: .venv-checkov/.done image
 	$(BIN)/pytest -m system tests/monitoring

@@ -21,6 +21,12 @@ from openai import OpenAI
 from e2e.receiver import Receiver, receiver
 
 KEY = "e2e-secret"
+STALL = 5
+"""Seconds without a step until the engine of `watched` counts as stuck."""
+CONTEXT = 2048
+"""Of `watched`; a step of the engine takes as many tokens, and so one prompt of more than half of them."""
+BUDGET = 24
+"""Of thinking, in tokens; the known answers think for longer, and none of this may touch the warm-up."""
 START_SECONDS = 240
 """Three processes import vLLM one after the other: 40 s on two idle cores."""
 
@@ -56,6 +62,28 @@ def server(demo_model: Path, spans: Receiver, tmp_path_factory: pytest.TempPathF
     with serving(demo_model, folder, *options, OTEL_SERVICE_NAME="demo", OTEL_BSP_SCHEDULE_DELAY="200") as started:
         wait_for(started, "/health", 200)
         yield started
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A server that was watched from its first moment on.
+
+    Attributes:
+        server: It.
+        states: What `/ready` answered until it was ready, that answer last.
+    """
+
+    server: Server
+    states: list[str]
+
+
+@pytest.fixture(scope="session")
+def watched(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+    """The demo's server with both safety nets and little patience: tests of nets, then those of its life and end."""
+    nets = ("--anti-repetition", "1", "--thinking-budget", str(BUDGET))
+    options = ("--stall-seconds", str(STALL), "--max-model-len", str(CONTEXT), *nets)
+    with serving(demo_model, tmp_path_factory.mktemp("watched"), *options) as started:
+        yield Watched(started, wait_for(started, "/ready", 200))
 
 
 @contextmanager
