@@ -181,6 +181,17 @@ def test_a_probe_that_killed_it_is_named(which: str, expected: str) -> None:
     assert expected in found
 
 
+def test_what_the_next_container_answers_is_not_why_the_last_one_was_killed() -> None:
+    thing = pod(engine=state(running={}, last={"exitCode": 137, "reason": "Error"}, restarts=1))
+    events = [
+        event("Killing", "Container engine failed liveness probe, will be restarted"),
+        event("Unhealthy", "Liveness probe failed: HTTP probe failed with statuscode: 503"),
+        event("Unhealthy", "Startup probe failed: connection refused", "2026-01-01T00:00:09Z"),
+    ]
+    [found] = why(thing, *events)
+    assert "its liveness probe failed (Liveness probe failed: HTTP probe failed with statuscode: 503)" in found
+
+
 def test_an_eviction_and_a_kill_are_told_apart() -> None:
     [evicted] = why(pod(reason="Evicted", message="The node was low on resource: memory.", phase="Failed"))
     assert "low on resource: memory" in evicted

@@ -149,11 +149,15 @@ def why_no_pod(deployment: Object, replica_set: Object | None) -> list[str]:
     return [f"{name}: no pod can be made ({text}); correct the values"]
 
 
-def last_message(thing: Object, events: Sequence[Object], reason: str) -> str:
-    """The newest event of a reason about an object."""
+def last_message(thing: Object, events: Sequence[Object], reason: str, begin: str = "") -> str:
+    """What the newest event of a reason says about an object, of those that begin so."""
     uid = thing["metadata"].get("uid")
     of_it = [
-        event for event in events if event.get("reason") == reason and event.get("involvedObject", {}).get("uid") == uid
+        event
+        for event in events
+        if event.get("reason") == reason
+        and event.get("involvedObject", {}).get("uid") == uid
+        and str(event.get("message") or "").startswith(begin)
     ]
     newest = max(of_it, key=_time, default={})
     return " ".join(str(newest.get("message") or "").split())
