@@ -53,10 +53,14 @@ def placed(namespace: Namespace) -> str:
 
 
 def scheduled(namespace: Namespace, gpus: int, **scheduling: object) -> None:
-    engine = {"device": "cuda", "gpus": gpus, "tensorParallelSize": gpus}
+    """Installs a release whose image no node has: it is placed, and no engine starts."""
     namespace.install(
         values(
-            model=IN_AN_IMAGE, engine=engine, preflight={"mode": "off"}, scheduling={"nodeSelector": {}, **scheduling}
+            image={"repository": f"{IMAGES}/absent", "pullPolicy": "Never"},
+            model=IN_AN_IMAGE,
+            engine={"device": "cuda", "gpus": gpus, "tensorParallelSize": gpus},
+            preflight={"mode": "off"},
+            scheduling={"nodeSelector": {}, **scheduling},
         )
     )
 
@@ -82,13 +86,16 @@ def test_another_card_may_be_asked_for_and_one_that_no_node_has_is_named(namespa
         scheduled(namespace, 2, products=["NVIDIA-B200"])
         words = wait("rollout names the card", lambda: named(namespace, "NVIDIA-B200"), 60)
         assert "4 nodes are not labelled nvidia.com/gpu.product In (NVIDIA-B200)" in words, words
+        for name, product in OTHERS.items():
+            assert f"{product} ({name})" in words, words
 
 
 def test_too_few_free_gpus_are_counted_node_by_node(namespace: Namespace) -> None:
     with pretended({"max-q": MAX_Q}, gpus=2):
         scheduled(namespace, 4)
         words = wait("rollout counts GPUs", lambda: named(namespace, "too few free GPUs"), 60)
-        assert "the pod wants 4 of one node" in words, words
+        assert "2 nodes have too few free GPUs, and the pod wants 4 of one node" in words, words
+        assert f"nodes have 2 (max-q, {node()})" in words, words
 
 
 def test_a_secret_that_is_not_there_is_named_before_and_after(namespace: Namespace) -> None:
