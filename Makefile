@@ -64,8 +64,7 @@ format: .venv/.dev
 .PHONY: chart
 chart: .venv/.dev
 	$(BIN)/python charts/generate.py
-	$(BIN)/python -m vqserve_ops.monitoring.write_rules charts/vqserve/files/rules.yaml
-	$(BIN)/python -m vqserve_ops.monitoring.generate charts/vqserve/files/dashboards
+	$(BIN)/python -m vqserve_ops.monitoring.generate charts/vqserve/files
 	$(BIN)/helm package charts/vqserve --destination build
 
 ## lock    resolve the locks anew; UPGRADE=--upgrade takes newer versions

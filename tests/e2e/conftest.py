@@ -17,10 +17,12 @@ from pathlib import Path
 
 import pytest
 from openai import OpenAI
+from prometheus_client.parser import text_string_to_metric_families
 
 from e2e.receiver import Receiver, receiver
 
 KEY = "e2e-secret"
+Samples = dict[str, dict[str, float]]
 STALL = 5
 """Seconds without a step until the engine of `watched` counts as stuck."""
 CONTEXT = 2048
@@ -119,6 +121,18 @@ def get(server: Server, path: str) -> tuple[int, str]:
             return error.code, error.read().decode()
     except OSError:
         return 0, ""
+
+
+def scraped(server: Server) -> Samples:
+    """Every sample of `/metrics`, by name and then by its labels' values, without those that all have."""
+    status, text = get(server, "/metrics")
+    assert status == 200
+    found: Samples = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            values = [value for name, value in sorted(sample.labels.items()) if name not in ("model_name", "engine")]
+            found.setdefault(sample.name, {})[",".join(values)] = sample.value
+    return found
 
 
 def wait_for(server: Server, path: str, status: int) -> list[str]:

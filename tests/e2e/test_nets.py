@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from e2e.conftest import BUDGET, KEY, Server, Watched
+from e2e.conftest import BUDGET, KEY, Server, Watched, scraped
 from e2e.test_chat import MODEL, post
-from e2e.test_metrics import scraped
 from vqserve.reference import repetition
 from vqserve.vllm_plugin.counters import NAMES, STEERED, THINKING_CLOSED
 

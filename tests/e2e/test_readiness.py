@@ -19,7 +19,7 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
-from e2e.conftest import CONTEXT, KEY, STALL, Server, Watched, get, serving, wait_for, wait_until
+from e2e.conftest import CONTEXT, KEY, STALL, Server, Watched, get, scraped, serving, wait_for, wait_until
 from vqserve.cli import main
 from vqserve.format.known_answers import KNOWN_ANSWERS, read_known_answers
 from vqserve.format.manifest import write_manifest
@@ -118,9 +118,7 @@ def test_a_frozen_engine_is_stuck_once_it_is_asked(served: Server) -> None:
 
 def silence(server: Server) -> float:
     """What the server says of how long no token has come."""
-    found = re.search(r"^vqserve_seconds_since_last_token\{.*\} (.*)$", get(server, "/metrics")[1], re.MULTILINE)
-    assert found
-    return float(found[1])
+    return scraped(server)["vqserve_seconds_since_last_token"][""]
 
 
 def engine_of(server: Server) -> int:

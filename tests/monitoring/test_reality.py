@@ -25,7 +25,7 @@ from monitoring.load import asked
 from monitoring.prometheus import LABELS, NAMESPACE, POD, RELEASE, Prometheus, Sample, watching
 from monitoring.test_rules import WATCHED, rules_with
 from vqserve.format.files import read_config
-from vqserve_ops.monitoring import dashboards, generate, queries, write_rules
+from vqserve_ops.monitoring import dashboards, generate, queries
 from vqserve_ops.monitoring.metrics import METRICS, Metric, by_series
 from vqserve_ops.monitoring.promql import filled_in, metric_names
 from vqserve_ops.monitoring.queries import Query, instant
@@ -37,7 +37,7 @@ PICTURES = Path(__file__).parents[2] / "docs" / "monitoring"
 DRAWN = ("overview", "context", "quality")
 PICTURE_BYTES = 200_000
 LOAD_SECONDS, DRAWN_SECONDS = 45.0, 120.0
-RULES = {rule.name: rule for group in write_rules.groups() for rule in group.rules}
+RULES = {rule.name: rule for group in generate.groups() for rule in group.rules}
 ENGINES = {metric.name: metric for metric in METRICS if metric.source in ("vllm", "vqserve")}
 
 each_query = pytest.mark.parametrize("query", queries.all_queries(), ids=lambda query: query.name)
