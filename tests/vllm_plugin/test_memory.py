@@ -40,7 +40,8 @@ def estimate(folder: Path, dtype: str, options: dict[str, Any], avx512: bool = T
 
 def check(process: EngineProcess, folder: Path, dtype: str, options: dict[str, Any], avx512: bool = True) -> None:
     """Serves a checkpoint and compares each rank's bytes with the estimate."""
-    question = Question(folder, [[30, 31, 32]], dtype, generate=1, inspect=inside.memory_of_ranks, options=options)
+    whole_cache = {**options, "num_gpu_blocks_override": None}
+    question = Question(folder, [[30, 31, 32]], dtype, generate=1, inspect=inside.memory_of_ranks, options=whole_cache)
     _, ranks = process.ask(question)
     wanted = estimate(folder, dtype, options, avx512)
     assert len(ranks) == wanted.ranks
