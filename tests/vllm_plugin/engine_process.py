@@ -27,6 +27,7 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine's core in this process: two imports of vLLM less
     "TORCHDYNAMO_DISABLE": "1",
+    "OMP_WAIT_POLICY": "passive",  # threads that spin for the next of many small operations take the cores from others
 }
 
 WITHOUT_AVX512 = {
