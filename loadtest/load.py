@@ -1,0 +1,163 @@
+"""Runs a profile's traffic against a client, in greenlets; Locust starts and shows it, and is not needed for it."""
+
+from __future__ import annotations
+
+import random
+import time
+import uuid
+from collections.abc import Callable, Sequence
+
+import gevent
+from gevent.pool import Group
+
+from loadtest.client import Client, Place
+from loadtest.profiles import Profile
+from loadtest.prompts import Mix
+from loadtest.records import Outcome, Record
+from loadtest.shapes import Climb, Stage, arrivals, stage_at
+
+IDLE_S = 0.05
+"""Between two looks of a user who is not wanted now."""
+
+
+class Load:
+    """One process's share of the traffic.
+
+    Attributes:
+        under_way: Requests sent and not yet complete.
+        climb: The search, once it runs.
+    """
+
+    def __init__(
+        self,
+        profile: Profile,
+        client: Client,
+        mix: Mix,
+        emit: Callable[[Record], None],
+        *,
+        source: int = 0,
+        sources: int = 1,
+    ) -> None:
+        self.under_way = 0
+        self.climb: Climb | None = None
+        self._profile, self._client, self._mix, self._emit = profile, client, mix, emit
+        self._source, self._sources = source, sources
+        self._number, self._began, self._dispatched = 0, time.perf_counter(), False
+        self._judged: list[Record] = []
+        self._pauses = random.Random(f"think/{profile.seed}/{source}")
+
+    def start(self) -> None:
+        """Sets the clock of the stages to zero."""
+        self._began = time.perf_counter()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self._began
+
+    @property
+    def ended(self) -> bool:
+        """Whether everything has been sent and answered."""
+        traffic = self._profile.traffic
+        over = self._dispatched if traffic.is_open else stage_at(traffic.stages, self.elapsed) is None
+        return over and self.under_way == 0
+
+    @property
+    def stage(self) -> str:
+        """What is on now, in words."""
+        if self.climb:
+            return f"search, {self.climb.next_rate() or 0:g} requests/s"
+        stage = stage_at(self._profile.traffic.stages, self.elapsed)
+        return stage.name if stage else "waiting for answers"
+
+    def user(self, index: int) -> None:
+        """One request of a closed loop's user, or a moment's rest if fewer users are wanted than `index` + 1."""
+        traffic = self._profile.traffic
+        stage = stage_at(traffic.stages, self.elapsed)
+        if stage is None or index >= self._share(stage.users or 0):
+            gevent.sleep(IDLE_S)
+            return
+        self._send(Place(stage.name, stage.warm_up), self._next())
+        if traffic.think_s:
+            gevent.sleep(self._pauses.expovariate(1 / traffic.think_s))
+
+    def dispatch(self) -> None:
+        """Sends an open loop's requests when they are due, until the last is answered."""
+        try:
+            self._open(self._profile.traffic.stages, self._profile.seed)
+            if self._profile.traffic.search:
+                self._climb()
+        finally:
+            self._dispatched = True
+
+    def _climb(self) -> None:
+        search = self._profile.traffic.search
+        assert search
+        self.climb = Climb(search)
+        step = 0
+        while (rate := self.climb.next_rate()) is not None:
+            step += 1
+            settling = [Stage(search.settle, rate=rate, warm_up=True)] if search.settle else []
+            self._judged = []
+            self._open([*settling, Stage(search.seconds - search.settle, rate=rate)], self._profile.seed + step)
+            self.climb.tell(rate, held=not search.slo.broken(self._judged))
+
+    def _open(self, stages: Sequence[Stage], seed: int) -> None:
+        began, sent = time.perf_counter(), Group()
+        try:
+            for arrival in arrivals(stages, seed, self._source, self._sources):
+                gevent.sleep(max(0.0, began + arrival.at - time.perf_counter()))
+                lag = time.perf_counter() - began - arrival.at
+                place, number = Place(arrival.stage.name, arrival.stage.warm_up, lag), self._next()
+                if self.under_way >= self._profile.traffic.most_under_way:
+                    self._give_up(place, number)
+                else:
+                    # Counted here: a greenlet counts itself only once it runs.
+                    self.under_way += 1
+                    sent.start(gevent.Greenlet(self._counted, place, number))
+            gevent.sleep(max(0.0, began + sum(stage.seconds for stage in stages) - time.perf_counter()))
+            sent.join()
+        finally:
+            sent.kill()
+
+    def _next(self) -> int:
+        self._number += 1
+        return self._number - 1
+
+    def _share(self, users: int) -> int:
+        return users // self._sources + (self._source < users % self._sources)
+
+    def _send(self, place: Place, number: int) -> None:
+        self.under_way += 1
+        self._counted(place, number)
+
+    def _counted(self, place: Place, number: int) -> None:
+        try:
+            record = self._client.ask(self._mix.draw(number), self._profile.options, place)
+        finally:
+            self.under_way -= 1
+        self._done(record)
+
+    def _give_up(self, place: Place, number: int) -> None:
+        prompt, options = self._mix.draw(number), self._profile.options
+        record = Record(
+            id=uuid.uuid4().hex,
+            stage=place.stage,
+            warm_up=place.warm_up,
+            kind=prompt.kind,
+            language=prompt.language,
+            api=options.api,
+            reasoning=options.reasoning,
+            sent_at=time.time(),
+            outcome=Outcome.NOT_SENT,
+            expected=prompt.expected,
+            detail=f"{self.under_way} requests under way; raise `most_under_way` or spread the load over more workers",
+            dispatch_lag_s=place.dispatch_lag_s,
+            wanted_tokens=prompt.wanted_tokens,
+        )
+        self._done(record)
+
+    def _done(self, record: Record) -> None:
+        if self.climb and not record.warm_up:
+            self._judged.append(record)
+        self._emit(record)
