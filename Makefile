@@ -35,6 +35,14 @@ demo: .venv/.runtime
 demo-model: .venv/.runtime
 	$(BIN)/python plugin/demo/make_model.py
 
+## loadtest  load the server at HOST as loadtest/profiles/PROFILE.toml says; LOCUST= for Locust's web UI on port 8089
+HOST ?= http://127.0.0.1:8001
+PROFILE ?= smoke
+LOCUST ?= --headless --only-summary
+.PHONY: loadtest
+loadtest: .venv/.dev
+	@$(BIN)/python -m locust --locustfile loadtest/locustfile.py --host '$(HOST)' --load-profile '$(PROFILE)' $(LOCUST)
+
 ## test    run all tests
 .PHONY: test
 test: .venv/.dev .venv-kernels/.done
@@ -77,6 +85,7 @@ lock: .venv/.dev
 	$(LOCK) --group pyproject.toml:kernels -o $(LOCKS)/kernels.txt
 	$(LOCK) plugin/pyproject.toml --extra cuda --override $(LOCKS)/cuda-overrides.txt --constraint <(sed -n \
 	  '/^torch==\|^apache-tvm-ffi==/d; s/^\([a-z].*==[^ ]*\) .*/\1/p' $(LOCKS)/{cpu,kernels}.txt) -o $(LOCKS)/cuda.txt
+	$(LOCK) --group pyproject.toml:loadtest --constraint $(LOCKS)/dev.txt -o loadtest/locks/loadtest.txt
 	$(LOCK) --group pyproject.toml:images --constraint $(LOCKS)/cpu.txt -o images/locks/tools.txt
 	$(LOCK) --group pyproject.toml:checkov -o charts/locks/checkov.txt
 
@@ -161,7 +170,7 @@ SERVE_BUILD ?=
 .PHONY: clean
 clean:
 	rm -rf .venv .venv-kernels .venv-checkov .hypothesis
-	find plugin ops charts tests -depth \( -name __pycache__ -o -name '*.egg-info' -o -path plugin/build -o -path ops/build \) -exec rm -rf {} +
+	find plugin ops charts loadtest tests -depth \( -name __pycache__ -o -name '*.egg-info' -o -path plugin/build -o -path ops/build \) -exec rm -rf {} +
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import platform, sys; sys.exit((sys.version_info[:2], platform.system(), platform.machine()) != ((3, 11), "Linux", "x86_64"))' 2>/dev/null || \

@@ -1,7 +1,7 @@
 """A streaming client of the OpenAI API under gevent that takes the time of every chunk.
 
-geventhttpclient, because it distorts least: 200 streams of 20 chunks a second cost it 0.44 s of CPU time for 8,000
-chunks, urllib3 0.40 s and httpx 2.18 s (Python 3.11, gevent 26.9, one core of an EPYC that was otherwise busy). Spread
+geventhttpclient, because it distorts least: 200 streams of 20 chunks a second cost it 0.44 s of CPU time for
+8,000 chunks, urllib3 0.40 s and httpx 2.18 s (Python 3.11, gevent 26.9, one core of an EPYC that was otherwise busy). Spread
 evenly, TTFT was off by 0.1, 0.1 and 1.1 ms in the median; when all 200 connections open at once by 1, 630 and 1,110 ms.
 
 Every request has a connection of its own. Servers close idle ones (vLLM after 5 s), at times just as a request goes out,
@@ -12,16 +12,19 @@ from __future__ import annotations
 
 import email.utils
 import json
+import re
 import ssl
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import gevent
+import gevent.ssl
 from geventhttpclient import HTTPClient
 from geventhttpclient.response import HTTPConnectionClosed, HTTPParseError, HTTPSocketResponse
 
@@ -33,8 +36,6 @@ from loadtest.sse import Events
 
 CONNECT_S = 10.0
 """Seconds for a connection to open."""
-MOST_CONNECTIONS = 65_536
-"""No bound of its own: how many requests are under way is for the traffic to say."""
 
 Api = Literal["chat", "completions"]
 
@@ -103,33 +104,32 @@ class Client:
         headers |= {"Host": host_header} if host_header else {}
         self._headers = headers
         secure = url.scheme == "https"
-        self._http = HTTPClient(
-            url.hostname,
-            url.port or (443 if secure else 80),
-            ssl=secure,
-            ssl_context_factory=_tls if secure else None,
-            concurrency=MOST_CONNECTIONS,
+        self._address = url.hostname, url.port or (443 if secure else 80)
+        self._secure = secure
+
+    def _http(self) -> HTTPClient:
+        """A pool for one request: whatever the server says of keeping connections, it is closed with it."""
+        return HTTPClient(
+            *self._address,
             connection_timeout=CONNECT_S,
             # The whole request has its own limit; a socket that times out by itself has not connected.
             network_timeout=24 * 3600,
+            ssl=self._secure,
+            ssl_context_factory=_tls if self._secure else None,
         )
-
-    def close(self) -> None:
-        """Closes connections that are open."""
-        self._http.close()
 
     def call(self, path: str, body: Mapping[str, Any] | None = None, timeout_s: float = 30.0) -> Any:
         """What a route answers in JSON: GET, or POST of a body; None unless it answers 200 with JSON."""
         data = None if body is None else json.dumps(body).encode()
         headers = {**self._headers, "Content-Type": "application/json"}
         try:
-            with gevent.Timeout(timeout_s, TimeoutError):
-                with self._http.request("POST" if data else "GET", self._base + path, data, headers) as response:
-                    return json.loads(response.read()) if response.status_code == 200 else None
+            with gevent.Timeout(timeout_s, TimeoutError), closing(self._http()) as http:
+                response = http.request("POST" if data else "GET", self._base + path, data, headers)
+                return json.loads(response.read()) if response.status_code == 200 else None
         except (OSError, HTTPParseError, ValueError):
             return None
 
-    def ask(self, prompt: Prompt, options: Options, place: Place = Place()) -> Record:  # noqa: B008, frozen
+    def ask(self, prompt: Prompt, options: Options, place: Place = Place()) -> Record:
         """Sends one request and follows its answer to the end; never raises for what the server does."""
         answer = Answer()
         began_at, began = time.time(), time.perf_counter()
@@ -148,8 +148,8 @@ class Client:
             wanted_tokens=prompt.wanted_tokens,
         )
         try:
-            with gevent.Timeout(options.timeout_s, _TookTooLong):
-                record = self._follow(record, answer, self._body(prompt, options), options)
+            with gevent.Timeout(options.timeout_s, _TookTooLong), closing(self._http()) as http:
+                record = self._follow(http, record, answer, self._body(prompt, options), options)
         except _TookTooLong:
             record = replace(record, outcome=Outcome.TIMEOUT, detail=f"not complete after {options.timeout_s:g} s")
         return self._measured(record, answer, prompt, began)
@@ -172,11 +172,11 @@ class Client:
             body["ignore_eos"] = True
         return json.dumps(body, ensure_ascii=False).encode()
 
-    def _follow(self, record: Record, answer: Answer, body: bytes, options: Options) -> Record:
+    def _follow(self, http: HTTPClient, record: Record, answer: Answer, body: bytes, options: Options) -> Record:
         path = f"{self._base}/v1/{'chat/completions' if options.api == 'chat' else 'completions'}"
         headers = {**self._headers, "Content-Type": "application/json", "X-Request-Id": record.id}
         try:
-            response = self._http.request("POST", path, body, headers)
+            response = http.request("POST", path, body, headers)
         except (OSError, HTTPParseError) as error:
             closed = not isinstance(error, HTTPParseError) or "connection closed" in str(error)
             outcome = Outcome.CONNECT if closed or isinstance(error, HTTPConnectionClosed) else Outcome.GARBAGE
@@ -250,10 +250,8 @@ def _retry_after(value: str | list[str] | None) -> float | None:
     """Seconds of a Retry-After, given in seconds or as a date."""
     if not isinstance(value, str):
         return None
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
+    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]+)?", value.strip()):
+        return float(value)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     except ValueError:
@@ -267,4 +265,5 @@ def _words(error: BaseException) -> str:
 @cache
 def _tls() -> ssl.SSLContext:
     # One for all connections: reading the certificates takes tens of milliseconds, in which no greenlet runs.
-    return gevent.ssl.create_default_context()
+    context: ssl.SSLContext = gevent.ssl.create_default_context()
+    return context

@@ -9,15 +9,15 @@ import gevent
 
 PERIOD_S = 0.01
 """Between two looks: a hundredth of a core's time at most, and waits of a few milliseconds are seen."""
-KEPT = 60_000
-"""Looks kept: ten minutes."""
+SPAN_S, KEPT = 0.5, 2400
+"""Only the worst of each half second is kept, for twenty minutes: asking must not take long itself."""
 
 
 class LagMonitor:
     """Sleeps for a fixed time over and over; what it oversleeps, others that were ready waited too."""
 
     def __init__(self) -> None:
-        self._seen: deque[tuple[float, float]] = deque(maxlen=KEPT)
+        self._seen: deque[tuple[int, float]] = deque(maxlen=KEPT)
         self._watching: gevent.Greenlet[[], None] | None = None
 
     def start(self) -> None:
@@ -32,10 +32,10 @@ class LagMonitor:
             self._watching = None
 
     def worst_since(self, moment: float) -> float | None:
-        """The longest lag in seconds since a `time.perf_counter()`; None if nothing was seen since."""
-        worst = None
-        for seen_at, lag in reversed(self._seen):
-            if seen_at < moment:
+        """The longest lag in seconds since a `time.perf_counter()`, up to a span before it too; None if none was seen."""
+        worst, first = None, int(moment / SPAN_S)
+        for span, lag in reversed(self._seen):
+            if span < first:
                 break
             worst = lag if worst is None else max(worst, lag)
         return worst
@@ -45,4 +45,8 @@ class LagMonitor:
             before = time.perf_counter()
             gevent.sleep(PERIOD_S)
             now = time.perf_counter()
-            self._seen.append((now, max(0.0, now - before - PERIOD_S)))
+            span, lag = int(now / SPAN_S), max(0.0, now - before - PERIOD_S)
+            if self._seen and self._seen[-1][0] == span:
+                self._seen[-1] = span, max(lag, self._seen[-1][1])
+            else:
+                self._seen.append((span, lag))

@@ -1,8 +1,8 @@
-"""What Locust loads: `locust -f loadtest/locustfile.py --host http://127.0.0.1:8001 --profile smoke`.
+"""What Locust loads: `locust -f loadtest/locustfile.py --host http://127.0.0.1:8001 --load-profile smoke`.
 
-Its statistics have a row per kind of prompt for e2e, TTFT and ITL in milliseconds (the latter two with requests counting
-first chunks and gaps), and for `tok/s`, where the times are tokens per second of a stream. Locust rounds them to two
-digits; the records do not.
+Its statistics have a row per kind of prompt for e2e, TTFT and ITL in milliseconds (where the latter two count first
+chunks and gaps as requests), and for `tok/s`, where the times are tokens per second of a stream. Locust rounds them to
+two digits; the records do not.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from gevent import GreenletExit
+import gevent
 from locust import LoadTestShape, User, events, task
 from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
+from locust.exception import StopUser
 from locust.runners import MasterRunner
 
 from loadtest import profiles
@@ -30,10 +31,12 @@ GRACE_S = 30.0
 def _arguments(parser: LocustArgumentParser, **_: Any) -> None:
     group = parser.add_argument_group("load test of a language model; its API key is read from VLLM_API_KEY")
     profile_help = "name of a profile in loadtest/profiles, or path of a TOML file"
-    group.add_argument("--profile", default="smoke", env_var="LOADTEST_PROFILE", help=profile_help)
+    group.add_argument("--load-profile", default="smoke", env_var="LOADTEST_PROFILE", help=profile_help)
     group.add_argument("--model", default="", env_var="LOADTEST_MODEL", help="default: the first that the server lists")
     group.add_argument("--records", default="build/loadtest", env_var="LOADTEST_RECORDS", help="folder of the runs")
-    group.add_argument("--run", default="", env_var="LOADTEST_RUN", help="name of the run; default: profile and time")
+    group.add_argument(
+        "--run-name", default="", env_var="LOADTEST_RUN", help="name of the run; default: profile and time"
+    )
     sources_help = "processes that share the traffic: of a distributed run, the number of workers"
     group.add_argument("--sources", type=int, default=1, env_var="LOADTEST_SOURCES", help=sources_help)
     host_help = "name to ask for, where --host is an ingress's address"
@@ -42,10 +45,13 @@ def _arguments(parser: LocustArgumentParser, **_: Any) -> None:
 
 @events.init.add_listener
 def _init(environment: Environment, **_: Any) -> None:
+    options: Any = environment.parsed_options
     try:
-        profile = profiles.read(profiles.find(environment.parsed_options.profile))
-        if profile.traffic.search and environment.parsed_options.sources > 1:
-            raise ProfileError(f"{profile.name}: a search judges its own records and runs in one process; leave out --sources")
+        profile = profiles.read(profiles.find(options.load_profile))
+        if profile.traffic.search and options.sources > 1:
+            raise ProfileError(
+                f"{profile.name}: a search judges its own records and runs in one process; leave out --sources"
+            )
     except (ProfileError, ReplayError) as error:
         sys.exit(f"loadtest: error: {error}")
     session = _sessions[environment] = Session(environment, profile)
@@ -87,7 +93,8 @@ class Traffic(LoadTestShape):
 
     def tick(self) -> tuple[int, float] | None:
         """Users and how many of them to start per second; None once all answers are there."""
-        assert self.session and self.runner
+        assert self.session
+        assert self.runner
         traffic = self.session.profile.traffic
         if self._over(self.session):
             return None
@@ -121,10 +128,10 @@ class LanguageModelUser(User):
         """One request of a closed loop; all of an open one."""
         session = _sessions[self.environment]
         if session.load is None:
-            raise GreenletExit
+            raise StopUser
         if not session.profile.traffic.is_open:
             session.load.user(self._index)
         elif not session.load.ended:
             session.load.dispatch()
         else:
-            self._sleep(1)
+            gevent.sleep(1)

@@ -1,4 +1,4 @@
-"""Profiles of traffic in TOML, read strictly: whatever is unknown, missing or senseless is refused with file and key."""
+"""Profiles of traffic in TOML, read strictly: what is unknown, missing or senseless is refused with file and key."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Table:
             raise self.fail(key, "missing; add it")
         return self._left.pop(key, default)
 
-    def number(self, key: str, default: float | None | Any = ..., *, least: float = 0.0, above: bool = False) -> Any:
+    def number(self, key: str, default: Any = ..., *, least: float = 0.0, above: bool = False) -> Any:
         """A finite number of at least, or above, `least`."""
         value = self.take(key, default)
         if value is default and default is not ...:
@@ -64,7 +64,7 @@ class Table:
             raise self.fail(key, f"expected a number {'above' if above else 'of at least'} {least:g}, found {value!r}")
         return float(value)
 
-    def whole(self, key: str, default: int | None | Any = ..., *, least: int = 1) -> Any:
+    def whole(self, key: str, default: Any = ..., *, least: int = 1) -> Any:
         """An integer of at least `least`."""
         value = self.take(key, default)
         if value is default and default is not ...:
@@ -75,10 +75,10 @@ class Table:
 
     def flag(self, key: str, default: bool | None) -> bool | None:
         """True or false."""
-        value = self.take(key, default)
+        value: bool | None = self.take(key, default)
         if value is not default and type(value) is not bool:
             raise self.fail(key, f"expected true or false, found {value!r}")
-        return cast("bool | None", value)
+        return value
 
     def choice(self, key: str, known: Sequence[str], default: Any = ...) -> str:
         """One of some words."""
@@ -147,12 +147,14 @@ class Content:
             make = GENERATED[self.kind]
             return Part(lambda rng, _: make(rng, rng.choice(self.languages)), self.weight)
         if sizing.cap is None and (self.kind == "over_cap" or "cap" in self.tokens):
-            raise ProfileError(f"prompts of kind `{self.kind}` need the server's cap, which it does not state; set `cap`")
+            raise ProfileError(
+                f"prompts of kind `{self.kind}` need the server's cap, which it does not state; set `cap`"
+            )
         if self.kind == "over_cap":
             return Part(lambda rng, _: over_cap_prompt(rng, rng.choice(self.languages), sizing), self.weight)
         room = None if sizing.cap is None else round((sizing.cap - max_tokens) * MARGIN)
         wanted = [room if size == "cap" else size for size in self.tokens]
-        fitting = [size for size in wanted if isinstance(size, int) and 0 < size and (room is None or size <= room)]
+        fitting = [size for size in wanted if isinstance(size, int) and size > 0 and (room is None or size <= room)]
         return Part(partial(self._needle, fitting, sizing), self.weight) if fitting else None
 
     def _needle(self, sizes: list[int], sizing: Sizing, rng: random.Random, number: int) -> Prompt:
@@ -192,7 +194,9 @@ class Profile:
         """
         made = [content.part(sizing, self.options.max_tokens) for content in self.contents]
         if not (parts := [part for part in made if part]):
-            raise ProfileError(f"{self.name}: no prompt fits into the server's cap of {sizing.cap}; choose shorter `tokens`")
+            raise ProfileError(
+                f"{self.name}: no prompt fits into the server's cap of {sizing.cap}; choose shorter `tokens`"
+            )
         return parts
 
 
@@ -253,7 +257,7 @@ def _options(table: Table) -> Options:
     )
     table.end()
     if options.api == "completions" and options.reasoning is not None:
-        raise table.fail("reasoning", "only a chat has it; remove it or set api = \"chat\"")
+        raise table.fail("reasoning", 'only a chat has it; remove it or set api = "chat"')
     return options
 
 
@@ -317,7 +321,9 @@ def _stage(table: Table, key: str, seconds: float) -> Stage:
 def _search(table: Table) -> Search:
     limits = Table(table.take("slo"), f"{table.where}: slo")
     seconds = {name: limits.number(name, None, above=True) for name in ("ttft_s", "itl_s", "e2e_s")}
-    slo = Slo(**seconds, failures=limits.number("failures", 0.0), percentile=limits.number("percentile", 90.0, above=True))
+    slo = Slo(
+        **seconds, failures=limits.number("failures", 0.0), percentile=limits.number("percentile", 90.0, above=True)
+    )
     limits.end()
     if slo.percentile > 100 or slo.failures > 1:
         raise limits.fail("percentile" if slo.percentile > 100 else "failures", "out of range; at most 100 and 1")
@@ -350,6 +356,6 @@ def _content(table: Table, folder: Path) -> Content:
     tokens: Any = table.take("tokens") if kind == "needle" else []
     good = isinstance(tokens, list) and all(t == "cap" or (type(t) is int and t >= 64) for t in tokens)
     if not good or (kind == "needle" and not tokens):
-        raise table.fail("tokens", f"expected a list of whole numbers of at least 64, or \"cap\"; found {tokens!r}")
+        raise table.fail("tokens", f'expected a list of whole numbers of at least 64, or "cap"; found {tokens!r}')
     table.end()
     return Content(kind, weight, tuple(languages), tuple(tokens))

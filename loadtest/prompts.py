@@ -151,7 +151,9 @@ def over_cap_prompt(rng: random.Random, language: str, sizing: Sizing) -> Prompt
         ValueError: The cap is not known.
     """
     if sizing.cap is None:
-        raise ValueError("over-cap prompts need the server's cap, which /v1/models does not state; set `cap` in the profile")
+        raise ValueError(
+            "over-cap prompts need the server's cap, which /v1/models does not state; set `cap` in the profile"
+        )
     # Without the server's tokenizer twice the cap: as bad as the ratio may be.
     tokens = round(sizing.cap * (1.25 if sizing.measured else 2.0)) + 64
     needle = needle_prompt(rng, language, tokens, sizing)

@@ -1,4 +1,4 @@
-"""What a load test leaves: one JSON object per line, first the run, then a record per request. Reports read nothing else.
+"""What a load test leaves: a JSON object per line, first the run, then a record per request. Reports read nothing else.
 
 Times of day are Unix seconds, durations seconds; fields are only ever added within a version.
 """
@@ -199,11 +199,15 @@ def read(path: Path) -> tuple[Run, list[Record]]:
             elif kind == "request" and run is not None:
                 records.append(_record(found))
             else:
-                raise RecordError(f"{path}:{number}: a line of type `{kind}` where none belongs; leave the file as written")
+                raise RecordError(
+                    f"{path}:{number}: a line of type `{kind}` where none belongs; leave the file as written"
+                )
         except (AttributeError, KeyError, TypeError, ValueError) as cause:
             if isinstance(cause, RecordError):
                 raise
-            raise RecordError(f"{path}:{number}: no record ({cause}); leave the file as the load test wrote it") from cause
+            raise RecordError(
+                f"{path}:{number}: no record ({cause}); leave the file as the load test wrote it"
+            ) from cause
     if run is None:
         raise RecordError(f"{path}: no line of type `run`; was it written by a load test?")
     return run, records

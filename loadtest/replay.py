@@ -28,7 +28,7 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
         raise ReplayError(f"{path}: cannot be read ({cause}); name a JSONL file in UTF-8") from cause
     found = [_prompt(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
-        raise ReplayError(f"{path}: holds no prompt; write one JSON object a line, such as {{\"prompt\": \"12 + 34 = ?\"}}")
+        raise ReplayError(f'{path}: holds no prompt; write one JSON object a line, such as {{"prompt": "12 + 34 = ?"}}')
     return tuple(found)
 
 
@@ -67,5 +67,7 @@ def _messages(found: dict[str, Any], where: str) -> tuple[Message, ...]:
         if not isinstance(message, dict) or message.keys() != {"role", "content"}:
             raise ReplayError(f"{where}: messages[{index}]: expected an object of `role` and `content`")
         if message["role"] not in ROLES or not isinstance(message["content"], str):
-            raise ReplayError(f"{where}: messages[{index}]: expected a role of {', '.join(ROLES)} and a text as content")
+            raise ReplayError(
+                f"{where}: messages[{index}]: expected a role of {', '.join(ROLES)} and a text as content"
+            )
     return tuple(Message(**message) for message in messages)

@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import gevent
 from locust.env import Environment
@@ -39,9 +40,8 @@ class Session:
         self.load: Load | None = None
         self.drained: set[str] = set()
         self._environment, self.profile = environment, profile
-        self._options = environment.parsed_options
+        self._options: Any = environment.parsed_options
         self._lag = LagMonitor()
-        self._client: Client | None = None
         self._writer: Writer | None = None
         self._progress: gevent.Greenlet[[], None] | None = None
         self._users = self._done = self._failed = self._tokens = 0
@@ -79,23 +79,23 @@ class Session:
         if chosen is None:
             listed = ", ".join(str(model["id"]) for model in models) or "none"
             raise ProfileError(
-                f"{host}: models listed by /v1/models: {listed}; check --host and --model, and the key in {KEY} if it has one"
+                f"{host}: /v1/models lists {listed}; check --host and --model, and the key in {KEY} if it has one"
             )
         client.model = chosen["id"]
         cap = self.profile.cap or chosen.get("max_model_len")
-        # A tokenizer that is asked for the whole context must not be refused: the sample is a few thousand tokens at most.
         sizing = Sizing.of(lambda text: _count(client, text), cap)
         mix = Mix(self.profile.parts(sizing), self.profile.seed, self.source)
-        run = options.run or time.strftime(f"{self.profile.name}-%Y%m%d-%H%M%S", time.gmtime())
+        run = options.run_name or time.strftime(f"{self.profile.name}-%Y%m%d-%H%M%S", time.gmtime())
         version = (client.call("/version") or {}).get("version")
         head = Run(run, time.time(), host, client.model, self.profile.source, cap, options.sources, version)
         path = Path(options.records) / run / f"records-{self.source}.jsonl"
         try:
             self._writer = Writer(path, head)
         except OSError as cause:
-            raise ProfileError(f"{path}: cannot be written ({cause}); choose another --run or --records") from cause
+            raise ProfileError(
+                f"{path}: cannot be written ({cause}); choose another --run-name or --records"
+            ) from cause
         logger.info("profile %s, model %s, cap %s; records go to %s", self.profile.name, client.model, cap, path)
-        self._client = client
         self.load = Load(self.profile, client, mix, self.take, source=self.source, sources=options.sources)
         self._users = self._done = self._failed = self._tokens = 0
         self._lag.start()
@@ -115,9 +115,6 @@ class Session:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-        if self._client is not None:
-            self._client.close()
-            self._client = None
 
     def take(self, record: Record) -> None:
         """Writes a record down, and shows it in Locust's statistics unless it is of the warm-up."""
@@ -140,11 +137,11 @@ class Session:
         # Straight into rows of their own: fired as requests, they would count as such in Locust's totals.
         stats = self._environment.stats
         if record.ttft_s is not None:
-            stats.get(record.kind, "TTFT").log(round(record.ttft_s * 1e3, 3), 0)
+            stats.get(record.kind, "TTFT").log(round(record.ttft_s * 1e3), 0)
         for gap in record.gaps_s:
-            stats.get(record.kind, "ITL").log(round(gap * 1e3, 3), 0)
+            stats.get(record.kind, "ITL").log(round(gap * 1e3), 0)
         if record.tpot_s:
-            stats.get(record.kind, "tok/s").log(round(1 / record.tpot_s, 3), 0)
+            stats.get(record.kind, "tok/s").log(round(1 / record.tpot_s), 0)
 
     def _report(self) -> None:
         before, told = self._tokens, False

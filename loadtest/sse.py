@@ -9,8 +9,8 @@ from collections.abc import Iterator
 class Events:
     """Collects an event stream.
 
-    A character, a CRLF or a field may be split anywhere. Comments and fields other than `data` are dropped; an event that
-    the stream's end leaves open is not dispatched, and `open` tells of it.
+    A character, a CRLF or a field may be split anywhere. Comments and fields other than `data` are dropped; an event
+    that the stream's end leaves open is not dispatched, and `open` tells of it.
     """
 
     def __init__(self) -> None:

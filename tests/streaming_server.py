@@ -1,4 +1,4 @@
-"""An OpenAI-like server for tests of the load test: streams tokens on a fixed schedule, or a fault, by the model's name.
+"""An OpenAI-like server for tests of load tests: streams tokens on a schedule, or a fault, by the model's name.
 
 It runs in a process of its own: `python streaming_server.py` prints its port. `GET /sent` tells when what was sent.
 """
@@ -203,7 +203,7 @@ async def post(writer: asyncio.StreamWriter, path: str, headers: Mapping[str, st
     stream = Stream(writer, SENT.setdefault(headers.get("x-request-id", ""), []))
     stream.start()
     await STREAMS[model](stream)
-    return model != "cut"
+    return bool(model != "cut")
 
 
 async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -1,0 +1,74 @@
+"""What the client itself adds to the times it reports: it is compared with what the server says it sent, and when."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from loadtest import records
+from loadtest.records import Outcome
+from loadtest.shapes import percentile
+
+STREAMS, SECONDS = 200, 12
+LIMIT_S = 0.002
+PROFILE = f"""description = "streams on a schedule"
+[options]
+timeout_s = 60
+[traffic]
+kind = "open"
+rate = {STREAMS / 2.05}
+seconds = {SECONDS}
+warm_up_s = 3
+[[prompts]]
+kind = "sum"
+"""
+
+
+@pytest.mark.slow
+def test_at_two_hundred_streams_on_one_core_times_are_off_by_less_than_two_milliseconds(
+    server: str, tmp_path: Path
+) -> None:
+    """An answer lasts 2.05 s: at that rate 200 are under way, 4,000 chunks a second in all."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip("client and server need a core each")
+    profile = tmp_path / "overhead.toml"
+    profile.write_text(PROFILE)
+    command = [sys.executable, "-m", "locust", "-f", "loadtest/locustfile.py", "--headless", "--only-summary"]
+    command += ["--host", server, "--model", "schedule", "--load-profile", str(profile)]
+    command += ["--records", str(tmp_path), "--run-name", "run"]
+    done = subprocess.run(
+        command,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: os.sched_setaffinity(0, cores[:1]),
+    )
+    assert done.returncode == 0, done.stderr
+    _, found = records.read(tmp_path / "run" / "records-0.jsonl")
+    with urllib.request.urlopen(f"{server}/sent") as answer:
+        sent = json.load(answer)
+    measured = [record for record in found if not record.warm_up]
+    assert all(record.outcome == Outcome.OK for record in measured)
+    assert len(measured) > STREAMS * 4
+    first, gaps = [], []
+    for record in measured:
+        times = sent[record.id]
+        assert record.ttft_s is not None
+        first.append(abs(record.sent_at + record.ttft_s - times[0]))
+        gaps += [abs(gap - (b - a)) for gap, a, b in zip(record.gaps_s, times, times[1:], strict=False)]
+    lags = [record.dispatch_lag_s or 0.0 for record in measured]
+    for name, values in {"TTFT": first, "ITL": gaps, "dispatch": lags}.items():
+        line = (
+            f"{name} off by {percentile(values, 50) * 1e3:.2f} ms in the median, p99 {percentile(values, 99) * 1e3:.2f}"
+        )
+        sys.stdout.write(f"{line}\n")
+    assert percentile(first, 50) < LIMIT_S
+    assert percentile(gaps, 50) < LIMIT_S
