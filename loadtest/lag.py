@@ -32,7 +32,7 @@ class LagMonitor:
             self._watching = None
 
     def worst_since(self, moment: float) -> float | None:
-        """The longest lag in seconds since a `time.perf_counter()`, up to a span before it too; None if none was seen."""
+        """The longest lag in seconds since a `time.perf_counter()`, a span before it included; None if none."""
         worst, first = None, int(moment / SPAN_S)
         for span, lag in reversed(self._seen):
             if span < first:

