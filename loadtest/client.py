@@ -1,12 +1,12 @@
 """A streaming client of the OpenAI API under gevent that takes the time of every chunk.
 
-geventhttpclient, because it distorts least: 200 streams of 20 chunks a second cost it 0.44 s of CPU time for
-8,000 chunks, urllib3 0.40 s and httpx 2.18 s (Python 3.11, gevent 26.9, one core of an EPYC that others used
-too). Spread evenly, TTFT was off by 0.1, 0.1 and 1.1 ms in the median; when all 200 connections open at once by 1, 630
-and 1,110 ms.
+geventhttpclient, because it distorts least: 200 streams of 20 chunks a second cost it 0.44 s of CPU time for 8,000
+chunks, urllib3 0.40 s and httpx 2.18 s. Spread evenly, TTFT was off by 0.1, 0.1 and 1.1 ms in the median; with all 200
+connections opened at once by 1, 630 and 1,110 ms. (One run each, Python 3.11, gevent 26.9, on two cores that others
+used too: the order holds, and the CPU times; the tails belong to the others as well.)
 
-Every request has a connection of its own. Servers close idle ones (vLLM after 5 s), at times just as a request goes out,
-and a POST must not be sent twice: kept connections would count failures that no user sees. TTFT holds the connect.
+Every request has a connection of its own. Servers close idle ones (vLLM after 5 s), at times just as a request goes
+out, and a POST must not be sent twice: kept connections would count failures that no user sees. TTFT holds the connect.
 """
 
 from __future__ import annotations
