@@ -72,8 +72,7 @@ format: .venv/.dev
 .PHONY: chart
 chart: .venv/.dev
 	$(BIN)/python charts/generate.py
-	$(BIN)/python -m vqserve_ops.monitoring.write_rules charts/vqserve/files/rules.yaml
-	$(BIN)/python -m vqserve_ops.monitoring.generate charts/vqserve/files/dashboards
+	$(BIN)/python -m vqserve_ops.monitoring.generate charts/vqserve/files
 	$(BIN)/helm package charts/vqserve --destination build
 
 ## lock    resolve the locks anew; UPGRADE=--upgrade takes newer versions
@@ -119,7 +118,7 @@ image: .venv/.dev
 	images/build ops $(IMAGES)/ops:$(IMAGE_TAG)
 	$(BIN)/pytest -m system tests/images/test_serve_cpu.py tests/images/test_ops.py
 
-## test-system  checkov on the chart, and what needs Debian's podman, runc and prometheus: images in containers, alerts
+## test-system  checkov on the chart, and what needs Debian's podman, runc and prometheus: images in containers, monitoring
 .PHONY: test-system
 test-system: .venv-checkov/.done image
 	$(BIN)/pytest -m system tests/monitoring

@@ -131,6 +131,14 @@ class Engine(Section):
     env: FreeList = Field([], description="More variables of the engine's container, as Kubernetes takes them.")
     extraArgs: list[str] = Field([], description="More options of vLLM's server, which follow `--` and win.")
     warmUpSeconds: Seconds = Field(600, description="How long the known answers may take before `/ready` gives up.")
+    thinkingBudget: int = Field(
+        0, description="Tokens after which thinking is closed where a request does not say; 0: no limit.", ge=0
+    )
+    antiRepetition: str = Field(
+        "",
+        description="Penalty on prolonging a repetition, as `STRENGTH[,MIN_LENGTH[,WINDOW]]`; empty: off.",
+        pattern=r"^([0-9]+(\.[0-9]+)?(,[0-9]+(,[0-9]+)?)?)?$",
+    )
     stallSeconds: Seconds = Field(
         120, description="How long an engine with requests may make no step until `/live` fails and it is restarted."
     )

@@ -20,6 +20,7 @@ hypothesis.settings.load_profile("vqserve")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, help="seed of the tests' random input; fresh for each test if left out")
     parser.addoption("--update-golden", action="store_true", help="write tests/golden/chart anew from what comes out")
+    parser.addoption("--draw", action="store_true", help="load for two minutes, and write docs/monitoring/*.png anew")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -17,10 +17,18 @@ from pathlib import Path
 
 import pytest
 from openai import OpenAI
+from prometheus_client.parser import text_string_to_metric_families
 
 from e2e.receiver import Receiver, receiver
 
 KEY = "e2e-secret"
+Samples = dict[str, dict[str, float]]
+STALL = 5
+"""Seconds without a step until the engine of `watched` counts as stuck."""
+CONTEXT = 2048
+"""Of `watched`; a step of the engine takes as many tokens, and so one prompt of more than half of them."""
+BUDGET = 24
+"""Of thinking, in tokens; the known answers think for longer, and none of this may touch the warm-up."""
 START_SECONDS = 240
 """Three processes import vLLM one after the other: 40 s on two idle cores."""
 
@@ -58,6 +66,28 @@ def server(demo_model: Path, spans: Receiver, tmp_path_factory: pytest.TempPathF
         yield started
 
 
+@dataclass(frozen=True)
+class Watched:
+    """A server that was watched from its first moment on.
+
+    Attributes:
+        server: It.
+        states: What `/ready` answered until it was ready, that answer last.
+    """
+
+    server: Server
+    states: list[str]
+
+
+@pytest.fixture(scope="session")
+def watched(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+    """The demo's server with both safety nets and little patience: tests of nets, then those of its life and end."""
+    nets = ("--anti-repetition", "1", "--thinking-budget", str(BUDGET))
+    options = ("--stall-seconds", str(STALL), "--max-model-len", str(CONTEXT), *nets)
+    with serving(demo_model, tmp_path_factory.mktemp("watched"), *options) as started:
+        yield Watched(started, wait_for(started, "/ready", 200))
+
+
 @contextmanager
 def serving(model: Path, folder: Path, *options: str, **variables: str) -> Iterator[Server]:
     """Starts a model's server on a free port, and ends it; the machine's proxy and cache settings do not reach it."""
@@ -91,6 +121,18 @@ def get(server: Server, path: str) -> tuple[int, str]:
             return error.code, error.read().decode()
     except OSError:
         return 0, ""
+
+
+def scraped(server: Server) -> Samples:
+    """Every sample of `/metrics`, by name and then by its labels' values, without those that all have."""
+    status, text = get(server, "/metrics")
+    assert status == 200
+    found: Samples = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            values = [value for name, value in sorted(sample.labels.items()) if name not in ("model_name", "engine")]
+            found.setdefault(sample.name, {})[",".join(values)] = sample.value
+    return found
 
 
 def wait_for(server: Server, path: str, status: int) -> list[str]:

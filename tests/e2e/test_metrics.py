@@ -6,27 +6,13 @@ from pathlib import Path
 
 import openai
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
-from e2e.conftest import Server, get, wait_for
+from e2e.conftest import Samples, Server, scraped, wait_for
 from vqserve.format.files import read_config
 
 pytestmark = pytest.mark.e2e
 
 MODEL = "glm-5.2"
-Samples = dict[str, dict[str, float]]
-
-
-def scraped(server: Server) -> Samples:
-    """Every sample of `/metrics`, by name and then by its labels' values, without those that all have."""
-    status, text = get(server, "/metrics")
-    assert status == 200
-    found: Samples = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            values = [value for name, value in sorted(sample.labels.items()) if name not in ("model_name", "engine")]
-            found.setdefault(sample.name, {})[",".join(values)] = sample.value
-    return found
 
 
 def grown(before: Samples, after: Samples, name: str) -> dict[str, float]:

@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from e2e.conftest import KEY, Server, serving, wait_for
+from e2e.conftest import BUDGET, KEY, Server, Watched, scraped
 from e2e.test_chat import MODEL, post
-from e2e.test_metrics import scraped
 from vqserve.reference import repetition
 from vqserve.vllm_plugin.counters import NAMES, STEERED, THINKING_CLOSED
 
 pytestmark = pytest.mark.e2e
 
-BUDGET, CLOSE = 24, 11
-"""Of thinking, in tokens, and the demo's token `</think>`."""
+CLOSE = 11
+"""The demo's token `</think>`."""
 UNLIMITED = 1_000_000
 LOOP = "1 1 1 1 1"
 
 
-@pytest.fixture(scope="module")
-def caught(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The demo's server with both nets."""
-    nets = ("--anti-repetition", "1", "--thinking-budget", str(BUDGET))
-    with serving(demo_model, tmp_path_factory.mktemp("nets"), *nets) as started:
-        # The known answers think for longer than the budget: none of this may touch the warm-up.
-        wait_for(started, "/ready", 200)
-        yield started
+@pytest.fixture
+def caught(watched: Watched) -> Server:
+    return watched.server
 
 
 def counted(server: Server) -> list[float]:

@@ -19,7 +19,7 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
-from e2e.conftest import KEY, Server, get, serving, wait_for, wait_until
+from e2e.conftest import CONTEXT, KEY, STALL, Server, Watched, get, scraped, serving, wait_for, wait_until
 from vqserve.cli import main
 from vqserve.format.known_answers import KNOWN_ANSWERS, read_known_answers
 from vqserve.format.manifest import write_manifest
@@ -30,20 +30,15 @@ MODEL = "glm-5.2"
 QUESTION: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What is 36 * 47?"}]
 LONG = 400
 """Tokens of a stream that is still running when the server has been told to stop, and over before 30 s are."""
-STALL = 5
-"""Seconds without a step until the engine counts as stuck."""
-LONG_PROMPT = 1100
-CONTEXT = 2048
-"""Of the served model; a step of the engine takes as many tokens, and so one prompt of more than half of them."""
+LONG_PROMPT = CONTEXT // 2 + 76
+"""Tokens of a prompt that has a step of the engine for itself."""
 DEMO = Path(__file__).parents[2] / "plugin" / "demo"
 
 
-@pytest.fixture(scope="module")
-def served(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server from its first moment on; the tests below take it through its life, in their order."""
-    options = ("--stall-seconds", str(STALL), "--max-model-len", str(CONTEXT))
-    with serving(demo_model, tmp_path_factory.mktemp("readiness"), *options) as started:
-        yield started
+@pytest.fixture
+def served(watched: Watched) -> Server:
+    """The tests below take it through its life, in their order."""
+    return watched.server
 
 
 def state(body: str) -> tuple[str, str]:
@@ -69,8 +64,8 @@ def stream(server: Server) -> Iterator[Iterator[bytes]]:
         yield (line.strip() for line in lines if line.strip())
 
 
-def test_a_server_is_not_ready_before_it_has_answered_its_warm_up(served: Server, demo_model: Path) -> None:
-    *before, ready = map(state, wait_for(served, "/ready", 200))
+def test_a_server_is_not_ready_before_it_has_answered_its_warm_up(watched: Watched, demo_model: Path) -> None:
+    *before, ready = map(state, watched.states)
     prompts = len(read_known_answers(demo_model))
     assert prompts >= 6
     assert before[0] == ("warming up", f"0 of {prompts} warm-up prompts are answered")
@@ -123,9 +118,7 @@ def test_a_frozen_engine_is_stuck_once_it_is_asked(served: Server) -> None:
 
 def silence(server: Server) -> float:
     """What the server says of how long no token has come."""
-    found = re.search(r"^vqserve_seconds_since_last_token\{.*\} (.*)$", get(server, "/metrics")[1], re.MULTILINE)
-    assert found
-    return float(found[1])
+    return scraped(server)["vqserve_seconds_since_last_token"][""]
 
 
 def engine_of(server: Server) -> int:
@@ -151,8 +144,11 @@ def test_a_drain_ends_readiness_but_not_service(served: Server, capsys: pytest.C
     assert capsys.readouterr().out.startswith("draining: ")
     assert get(served, "/ready")[0] == 503
     assert get(served, "/health")[0] == 200
-    answer = served.client.chat.completions.create(model=MODEL, messages=QUESTION)
-    assert "1692" in (answer.choices[0].message.content or "")
+    at_once = {"chat_template_kwargs": {"enable_thinking": False}}  # this server closes long thinking
+    answer = served.client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": "12 + 34 = ?"}], extra_body=at_once
+    )
+    assert "46" in (answer.choices[0].message.content or "")
 
 
 def test_a_stopping_server_refuses_requests_and_finishes_its_streams(served: Server) -> None:

@@ -43,6 +43,7 @@ STALL = 15
 RELEASE = "vq"
 ENGINE = f"app.kubernetes.io/instance={RELEASE},app.kubernetes.io/component=engine"
 KEY = "correct-horse"
+KEY_SECRET = "vqserve-key"
 HOST = "llm.test"
 ROUTED = "gateway.llm.test"
 
@@ -215,7 +216,7 @@ def values(**more: Any) -> dict[str, Any]:
         "shm": {"size": "1Gi"},
         "podSecurity": {"readOnlyRootFilesystem": True},
         "scheduling": {"nodeSelector": {"kubernetes.io/hostname": node()}},
-        "auth": {"existingSecret": "vqserve-key"},
+        "auth": {"existingSecret": KEY_SECRET},
         "drain": {"waitSeconds": 5, "seconds": 60},
     }
     for name, value in more.items():

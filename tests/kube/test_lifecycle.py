@@ -162,7 +162,7 @@ def test_objects_of_every_kind_are_taken_by_the_api_server(namespace: Namespace)
     assert set(capable) <= set(known), "the cluster lacks custom resources that the chart makes objects of"
     common = {
         "networkPolicy": {"enabled": True},
-        "monitoring": {"serviceMonitor": {"enabled": True}},
+        "monitoring": {part: {"enabled": True} for part in ("serviceMonitor", "rules", "dashboards")},
         "route": {"enabled": True, "parentRefs": [{"name": "front"}], "hostnames": [HOST]},
         "inferencePool": {"enabled": True, "endpointPicker": {"name": "picker"}},
     }
@@ -170,7 +170,7 @@ def test_objects_of_every_kind_are_taken_by_the_api_server(namespace: Namespace)
     scaled = values(
         autoscaling={"kind": "keda", "keda": {"serverAddress": "http://prometheus.monitoring:9090"}}, **common
     )
-    kinds = ("NetworkPolicy", "ServiceMonitor", "HTTPRoute", "InferencePool")
+    kinds = ("NetworkPolicy", "ServiceMonitor", "PrometheusRule", "ConfigMap", "HTTPRoute", "InferencePool")
     for chosen, more in ((several, "PodDisruptionBudget"), (scaled, "ScaledObject")):
         rendered = namespace.helm("template", RELEASE, str(CHART), "--validate", values=chosen)
         for kind in (*kinds, more):

@@ -17,13 +17,13 @@ import values
 from chart.helm import CHART, Object, objects, of_kind, rendered, written
 from vqserve import cli as vqserve_cli
 from vqserve_ops import cli as ops_cli
-from vqserve_ops.monitoring import write_rules
+from vqserve_ops.monitoring import generate
 from vqserve_ops.monitoring.rules import PLACEHOLDERS, Alert
 
 ROOT = Path(__file__).parents[2]
 RUNBOOKS = sorted((ROOT / "ops/runbooks").glob("*.md"))
 CASES = sorted((Path(__file__).parent / "rules").glob("*.yaml"))
-ALERTS = {rule.name: rule for group in write_rules.groups() for rule in group.rules if isinstance(rule, Alert)}
+ALERTS = {rule.name: rule for group in generate.groups() for rule in group.rules if isinstance(rule, Alert)}
 WATCHED: Object = {
     "model": {"pvc": {"claimName": "glm-5.2-vq"}},
     "cache": {"kind": "pvc"},
@@ -59,11 +59,11 @@ def checks() -> list[tuple[str, Object, Object]]:
 
 
 def test_the_charts_rules_are_what_python_makes() -> None:
-    assert (CHART / "files/rules.yaml").read_text("utf-8") == write_rules.text(), "run `make chart`"
+    assert (CHART / "files/rules.yaml").read_text("utf-8") == generate.rules(), "run `make chart`"
 
 
 def test_the_file_has_no_placeholder_but_those_that_the_chart_fills_in() -> None:
-    assert set(re.findall(r"\$\{(\w+)\}", write_rules.text())) == set(PLACEHOLDERS)
+    assert set(re.findall(r"\$\{(\w+)\}", generate.rules())) == set(PLACEHOLDERS)
 
 
 def test_the_chart_fills_in_every_placeholder_and_leaves_prometheus_its_braces(filled: dict[str, Any]) -> None:

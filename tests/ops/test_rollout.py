@@ -80,6 +80,29 @@ def test_several_reasons_are_several_sentences() -> None:
     assert "(node-role.kubernetes.io/control-plane)" in found[2]
 
 
+def labelled(name: str, gpus: int, labels: Mapping[str, str]) -> Made:
+    return {"metadata": {"name": name, "labels": labels}, "status": {"allocatable": {"nvidia.com/gpu": str(gpus)}}}
+
+
+def test_what_nodes_have_instead_is_said_beside_what_the_pod_wants() -> None:
+    thing = unschedulable(NODES + "5 node(s) didn't match Pod's node affinity/selector, 1 Insufficient nvidia.com/gpu.")
+    thing["spec"]["nodeSelector"] = {"pool": "llm"}
+    nodes = [
+        labelled("node-1", 1, {"pool": "llm", "nvidia.com/gpu.product": "RTX-B"}),
+        labelled("bare", 0, {"pool": "llm"}),
+        *(labelled(f"h-{i}", 8, {"pool": "llm", "nvidia.com/gpu.product": "H200"}) for i in range(4)),
+    ]
+    [labels, gpus] = sorted(why_pod_not(thing, [], silent, nodes), reverse=True)
+    assert labels.startswith(
+        "5 nodes are not labelled pool=llm, nvidia.com/gpu.product In (RTX-A, RTX-B) "
+        "(of nvidia.com/gpu.product there are H200 (h-0, h-1, h-2 and 1 more), RTX-B (node-1), no such label (bare)); "
+    )
+    assert (
+        "wants 2 of one node (in all, free or not, nodes have 8 (h-0, h-1, h-2 and 1 more), 1 (node-1), none (bare)); "
+        in gpus
+    )
+
+
 @pytest.mark.parametrize(
     ("reason", "message", "expected"),
     [
@@ -156,6 +179,17 @@ def test_a_probe_that_killed_it_is_named(which: str, expected: str) -> None:
     ]
     [found] = why(thing, *events)
     assert expected in found
+
+
+def test_what_the_next_container_answers_is_not_why_the_last_one_was_killed() -> None:
+    thing = pod(engine=state(running={}, last={"exitCode": 137, "reason": "Error"}, restarts=1))
+    events = [
+        event("Killing", "Container engine failed liveness probe, will be restarted"),
+        event("Unhealthy", "Liveness probe failed: HTTP probe failed with statuscode: 503"),
+        event("Unhealthy", "Startup probe failed: connection refused", "2026-01-01T00:00:09Z"),
+    ]
+    [found] = why(thing, *events)
+    assert "its liveness probe failed (Liveness probe failed: HTTP probe failed with statuscode: 503)" in found
 
 
 def test_an_eviction_and_a_kill_are_told_apart() -> None:

@@ -151,9 +151,8 @@ def _serve(connection: Connection) -> None:
     while True:
         try:
             function, arguments = connection.recv()
+            connection.send((True, function(*arguments)))
         except EOFError:
             return
-        try:
-            connection.send((True, function(*arguments)))
         except Exception:  # noqa: BLE001 - whatever it is, the test that asked shall see it
             connection.send((False, traceback.format_exc()))

@@ -2,56 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import random
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
-from unittest.mock import patch
 
-import numpy as np
 import pytest
 import torch
 
+from vllm_plugin import inside_nets
 from vllm_plugin.engine_process import EngineProcess, Question
 from vqserve.format.errors import UsageError
 from vqserve.reference import repetition as reference
-from vqserve.settings import ANTI_REPETITION, THINKING_BUDGET, AntiRepetition
+from vqserve.settings import ANTI_REPETITION, AntiRepetition
 from vqserve.vllm_plugin.counters import STEERED, THINKING_CLOSED, Counters, collector
 from vqserve.vllm_plugin.repetition import LONGEST
 
 ON_CPU = "vqserve.vllm_plugin.nets_cpu:SafetyNets"
 
 
-def asked(value: object, server: str | None = "0.5,64,2048") -> str:
-    """What becomes of a request's argument, an error included; runs in the engine's process."""
-    from vllm import SamplingParams
-
-    from vqserve.vllm_plugin.nets import ARGUMENT, asked_of
-
-    with patch.dict(os.environ, {ANTI_REPETITION: server or ""}):
-        try:
-            return str(asked_of(SamplingParams(extra_args=None if value is None else {ARGUMENT: value})))
-        except ValueError as error:
-            return str(error)
-
-
-def budget_of(asked_for: int | None) -> int | None:
-    """The thinking budget that a request leaves the API server with; runs in the engine's process."""
-    from vllm import SamplingParams
-
-    from vqserve.vllm_plugin.nets_cpu import SafetyNets
-
-    params = SamplingParams(thinking_token_budget=asked_for)
-    with patch.dict(os.environ, {THINKING_BUDGET: "50"}):
-        SafetyNets.validate_params(params)
-    return params.thinking_token_budget
-
-
 @pytest.mark.slow
 def test_a_request_overrides_the_server(engines: EngineProcess) -> None:
     def becomes(value: object, server: str | None = "0.5,64,2048") -> str:
-        return str(engines.call(asked, value, server))
+        return str(engines.call(inside_nets.becomes, value, server))
 
     assert becomes(None) == str(AntiRepetition(0.5))
     assert becomes(None, None) == becomes(0) == becomes(0.0) == str(AntiRepetition(0.0))
@@ -62,21 +33,8 @@ def test_a_request_overrides_the_server(engines: EngineProcess) -> None:
         assert "expected STRENGTH[,MIN_LENGTH[,WINDOW]]" in becomes(wrong)
         assert "0 turns it off" in becomes(wrong)
     assert "at most this server's, 2048" in becomes("1,16,4096")
-    assert engines.call(budget_of, None) == 50
-    assert engines.call(budget_of, 7) == 7
-
-
-def in_order(engine: Any) -> list[int]:
-    """What the engine's processor counted."""
-    counted: list[int] = engine.collective_rpc(_counted)[0]
-    return counted
-
-
-def _counted(worker: Any) -> list[int]:
-    processors = worker.model_runner.input_batch.logitsprocs.all
-    [nets] = [processor for processor in processors if type(processor).__module__ == "vqserve.vllm_plugin.nets_cpu"]
-    values: list[int] = nets._counters.values()
-    return values
+    assert engines.call(inside_nets.budget_of, None) == 50
+    assert engines.call(inside_nets.budget_of, 7) == 7
 
 
 @pytest.mark.slow
@@ -87,7 +45,11 @@ def test_an_engine_picks_the_token_that_is_likeliest_after_the_penalty(
     engines = EngineProcess(**{ANTI_REPETITION: "3,3,60", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"})
     try:
         question = Question(
-            random_checkpoint, prompts, generate=80, inspect=in_order, options={"logits_processors": [ON_CPU]}
+            random_checkpoint,
+            prompts,
+            generate=80,
+            inspect=inside_nets.counted,
+            options={"logits_processors": [ON_CPU]},
         )
         answers, counted = engines.ask(question)
     finally:
@@ -107,65 +69,6 @@ def test_an_engine_picks_the_token_that_is_likeliest_after_the_penalty(
     assert changed > 0
 
 
-START, END = 1, 2
-
-
-def gpu_nets(setting: str, outputs: list[tuple[list[int], list[int]]], drafts: int, budgets: list[int | None]) -> Any:
-    """What the adapter for GPUs takes from logits, here on the CPU: costs [rows, 20] and counts; in vLLM's process.
-
-    Args:
-        setting: Of the server.
-        outputs: Prompt and answer of each request, the last `drafts` tokens of the answer being drafts.
-        drafts: Draft tokens of every request.
-        budgets: Thinking budget of each request.
-    """
-    from vllm import SamplingParams
-
-    from vqserve.vllm_plugin import nets_gpu
-
-    slots = random.sample(range(len(outputs) + 3), len(outputs))
-    tokens = torch.full((len(outputs) + 3, 400), 7, dtype=torch.int32)
-    total, prompt_len = torch.zeros(len(tokens), dtype=torch.int32), torch.zeros(len(tokens), dtype=torch.int32)
-    rows: list[tuple[int, int, int, int]] = []  # slot, offset, position, token fed
-    for slot, (prompt, out) in zip(slots, outputs, strict=True):
-        whole = [*prompt, *out]
-        committed = len(whole) - drafts
-        tokens[slot, :committed] = torch.tensor(whole[:committed])
-        total[slot], prompt_len[slot] = committed, len(prompt)
-        rows += [(slot, k, committed - 1 + k, whole[committed - 1 + k]) for k in range(drafts + 1)]
-    states = SimpleNamespace(
-        device=torch.device("cpu"),
-        max_num_reqs=len(tokens),
-        all_token_ids=SimpleNamespace(gpu=tokens),
-        total_len=SimpleNamespace(gpu=total),
-        prompt_len=SimpleNamespace(gpu=prompt_len, np=prompt_len.numpy()),
-    )
-    config = SimpleNamespace(
-        reasoning_config=SimpleNamespace(
-            enabled=True, reasoning_start_token_ids=[START], natural_reasoning_end_token_ids=[END]
-        ),
-        parallel_config=SimpleNamespace(rank=0, tensor_parallel_size=1, data_parallel_index=0),
-    )
-    slot_of, offset, pos, fed = (torch.tensor(column) for column in zip(*rows, strict=True))
-    context: Any = SimpleNamespace(
-        expanded_idx_mapping=slot_of,
-        idx_mapping_np=np.array(slots),
-        expanded_local_pos=offset,
-        input_ids=fed,
-        pos=pos,
-        seq_lens_upper_bound_np=np.array([int(total[slot]) for slot in slots]),
-    )
-    logits = torch.zeros(len(rows), 20)
-    with patch.dict(os.environ, {ANTI_REPETITION: setting}):
-        nets = nets_gpu.SafetyNets(config, states)  # type: ignore[arg-type]
-        for slot, budget in zip(slots, budgets, strict=True):
-            nets.add_request(slot, SamplingParams(thinking_token_budget=budget))
-    nets.apply_staged_writes()
-    logits = nets.apply(logits, context)
-    nets.apply(torch.zeros(len(rows), 20), context)  # publishes what the first counted
-    return -logits, nets._counters.values()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("drafts", [0, 3])
 def test_the_adapter_for_gpus_penalises_as_the_definition_says(drafts: int, engines: EngineProcess, seed: int) -> None:
@@ -175,7 +78,7 @@ def test_the_adapter_for_gpus_penalises_as_the_definition_says(drafts: int, engi
         loop = draw.choices(range(3, 20), k=draw.randint(1, 9))
         out = draw.choices(range(3, 20), k=draw.randint(4, 60)) + loop * draw.randint(1, 30)
         outputs.append((draw.choices(range(3, 20), k=draw.randint(1, 40)), out[:300]))
-    costs, _ = engines.call(gpu_nets, "0.7,4,100", outputs, drafts, [None] * len(outputs))
+    costs, _ = engines.call(inside_nets.gpu_nets, "0.7,4,100", outputs, drafts, [None] * len(outputs))
     row = 0
     for _, out in outputs:
         for n in range(len(out) - drafts, len(out) + 1):
@@ -187,9 +90,16 @@ def test_the_adapter_for_gpus_penalises_as_the_definition_says(drafts: int, engi
 
 @pytest.mark.slow
 def test_the_adapter_for_gpus_counts_thinking_that_its_budget_closes(engines: EngineProcess) -> None:
-    opened = ([5, START], [6] * 10)
-    outputs = [opened, opened, ([5, START], [6] * 9 + [END]), ([5], [START, *[6] * 10]), ([5], [6] * 10), opened]
-    _, counted = engines.call(gpu_nets, "0", outputs, 0, [10, 11, 10, 10, 10, None])
+    opened = ([5, inside_nets.START], [6] * 10)
+    outputs = [
+        opened,
+        opened,
+        ([5, inside_nets.START], [6] * 9 + [inside_nets.END]),
+        ([5], [inside_nets.START, *[6] * 10]),
+        ([5], [6] * 10),
+        opened,
+    ]
+    _, counted = engines.call(inside_nets.gpu_nets, "0", outputs, 0, [10, 11, 10, 10, 10, None])
     assert counted[THINKING_CLOSED] == 2
 
 

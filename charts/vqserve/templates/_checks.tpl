@@ -67,7 +67,7 @@
   {{- if eq .name "VLLM_API_KEY" -}}
     {{- fail "engine.env has VLLM_API_KEY: take it out and set auth.existingSecret" -}}
   {{- else if has .name $ours -}}
-    {{- fail (printf "engine.env has %s, which the chart sets: take it out; caches are set by cache, NCCL_P2P_DISABLE by engine.pcie" .name) -}}
+    {{- fail (printf "engine.env has %s, which the chart sets: take it out; caches are set by cache, NCCL_P2P_DISABLE by engine.pcie, OTEL_ by tracing" .name) -}}
   {{- end -}}
 {{- end -}}
 {{- $limits := .Values.resources.limits | default dict -}}

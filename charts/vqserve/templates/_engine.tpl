@@ -17,6 +17,14 @@
 - {{ .Values.engine.warmUpSeconds | int64 | toString | quote }}
 - --stall-seconds
 - {{ .Values.engine.stallSeconds | int64 | toString | quote }}
+{{- with .Values.engine.thinkingBudget }}
+- --thinking-budget
+- {{ . | int64 | toString | quote }}
+{{- end }}
+{{- with .Values.engine.antiRepetition }}
+- --anti-repetition
+- {{ . | quote }}
+{{- end }}
 - --
 - --shutdown-timeout
 - {{ .Values.drain.seconds | int64 | toString | quote }}

@@ -20,6 +20,7 @@ from vqserve_ops.objects import Object, name_of
 from vqserve_ops.release import COMPONENT, INSTANCE, PART_OF, engine_of
 from vqserve_ops.rollout.explain import why_pod_not
 from vqserve_ops.rollout.failing import failed_checks
+from vqserve_ops.rollout.pending import is_unscheduled
 
 _LOOK = 2.0
 """Seconds between two looks."""
@@ -150,7 +151,8 @@ def _watch(cluster: Cluster, job: str, timeout: float) -> int:
             print(cluster.log(name_of(pods[0]), _NAME, lines=1000), end="", flush=True)
             return judged(ended)
         events = cluster.listed("Event") if pods else []
-        problems = why_pod_not(pods[0], events, lambda *_: "") if pods else []
+        nodes = cluster.nodes() if pods and is_unscheduled(pods[0]) else []
+        problems = why_pod_not(pods[0], events, lambda *_: "", nodes) if pods else []
         if (line := " | ".join(problems) or "waiting for the Job's pod") != said:
             print(f"{job}: {line}", flush=True)
             said = line

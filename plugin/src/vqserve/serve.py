@@ -287,15 +287,13 @@ def server_environment(args: argparse.Namespace, geometry: Geometry, cpu: Cpu | 
         if args.tensor_parallel_size > 1:
             environment["VLLM_CPU_OMP_THREADS_BIND"] = cores_of_ranks(args.tensor_parallel_size)
     environment = {name: os.environ.get(name, value) for name, value in environment.items()}
-    for name, value in ((WARM_UP_SECONDS, args.warm_up_seconds), (STALL_SECONDS, args.stall_seconds)):
-        if value is not None:
-            environment[name] = str(value)
-    if args.warm_up_seconds is not None:
-        environment[WARM_UP_SECONDS] = str(args.warm_up_seconds)
-    if args.anti_repetition is not None:
-        environment[ANTI_REPETITION] = args.anti_repetition
-    if args.thinking_budget is not None:
-        environment[THINKING_BUDGET] = str(args.thinking_budget)
+    asked = {
+        WARM_UP_SECONDS: args.warm_up_seconds,
+        STALL_SECONDS: args.stall_seconds,
+        ANTI_REPETITION: args.anti_repetition,
+        THINKING_BUDGET: args.thinking_budget,
+    }
+    environment |= {name: str(value) for name, value in asked.items() if value is not None}
     named = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
     return environment | {"VLLM_PLUGINS": ",".join([*PLUGINS, *(name for name in named if name not in PLUGINS)])}
 

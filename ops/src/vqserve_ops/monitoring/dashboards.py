@@ -144,7 +144,11 @@ def _overview() -> dict[str, Sequence[AnyPanel]]:
         ],
         "Refusals and errors": [
             lines("Refused", "Requests refused before they reached the engine, by cause.", q.REFUSED, q.REJECTED),
-            lines("Failed", "Requests that the engine began and did not finish.", q.FAILED),
+            lines(
+                "Failed",
+                "Requests that the engine gave up; vLLM does not count those whose clients went away.",
+                q.FAILED,
+            ),
             lines("Responses", "HTTP responses of /v1, by class of status.", q.RESPONSES),
         ],
         "Replicas": [

@@ -1,4 +1,4 @@
-"""Writes the chart's dashboards: `python -m vqserve_ops.monitoring.generate charts/vqserve/files/dashboards`."""
+"""Writes the chart's rules and dashboards: `python -m vqserve_ops.monitoring.generate charts/vqserve/files`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from pathlib import Path
 
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 
+from vqserve_ops.monitoring import alerts, slo
 from vqserve_ops.monitoring.dashboards import PAGES
+from vqserve_ops.monitoring.rules import Group, file_of
 
 
 def main() -> None:
     """Writes into the folder that is the only argument, and removes what is no dashboard any more."""
-    [folder] = map(Path, sys.argv[1:])
+    [files] = map(Path, sys.argv[1:])
+    (files / "rules.yaml").write_text(rules(), encoding="utf-8")
+    folder, made = files / "dashboards", generated()
     folder.mkdir(parents=True, exist_ok=True)
-    made = generated()
     for path in folder.glob("*.json"):
         if path.name not in made:
             path.unlink()
@@ -23,8 +26,18 @@ def main() -> None:
         (folder / name).write_text(text, encoding="utf-8")
 
 
+def groups() -> list[Group]:
+    """All rules of a release."""
+    return [*alerts.groups(), *slo.groups()]
+
+
+def rules() -> str:
+    """What the rule file should hold."""
+    return file_of(groups())
+
+
 def generated() -> dict[str, str]:
-    """What each file should hold, by its name."""
+    """What each dashboard's file should hold, by its name."""
     return {
         f"{page.name}.json": json.dumps(page.built(), cls=JSONEncoder, indent=1, sort_keys=True, ensure_ascii=False)
         + "\n"

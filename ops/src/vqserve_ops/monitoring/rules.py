@@ -113,7 +113,5 @@ def file_of(groups: Sequence[Group]) -> str:
 
     Readable.add_representer(str, text)
     body = yaml.dump({"groups": [group.rendered() for group in groups]}, Dumper=Readable, sort_keys=False, width=_WIDTH)
-    return (
-        "# Written by vqserve_ops/monitoring/write_rules.py (`make chart`). `helm template` prints it filled in.\n---\n"
-        + body
-    )
+    written = "# Written by vqserve_ops/monitoring/generate.py (`make chart`). `helm template` prints it filled in."
+    return f"{written}\n---\n{body}"

@@ -10,6 +10,7 @@ from vqserve_ops.errors import FailedError
 from vqserve_ops.objects import name_of
 from vqserve_ops.release import add_release, engine_of, selector_of
 from vqserve_ops.rollout.explain import PodLog, Release, counted, is_given_up, is_rolled_out, stage_of, why_not
+from vqserve_ops.rollout.pending import is_unscheduled
 
 _LOOK = 2.0
 """Seconds between two looks."""
@@ -56,9 +57,9 @@ def look(cluster: Cluster, name: str) -> Release:
     """A release as it is now."""
     deployment = engine_of(cluster, name)
     labels = selector_of(deployment)
-    return Release(
-        deployment, cluster.listed("ReplicaSet", labels), cluster.listed("Pod", labels), cluster.listed("Event")
-    )
+    pods = cluster.listed("Pod", labels)
+    nodes = cluster.nodes() if any(is_unscheduled(pod) for pod in pods) else []
+    return Release(deployment, cluster.listed("ReplicaSet", labels), pods, cluster.listed("Event"), nodes)
 
 
 def log_of(cluster: Cluster) -> PodLog:

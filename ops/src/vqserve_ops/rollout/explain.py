@@ -23,12 +23,14 @@ class Release:
         sets: ReplicaSets of its labels.
         pods: Pods of its labels.
         events: Of the namespace.
+        nodes: All of the cluster, if a pod waits for one and they may be read.
     """
 
     deployment: Object
     sets: Sequence[Object]
     pods: Sequence[Object]
     events: Sequence[Object]
+    nodes: Sequence[Object] = ()
 
     @property
     def current(self) -> list[Object]:
@@ -90,15 +92,15 @@ def why_not(release: Release, log: PodLog) -> list[str]:
     if len(release.current) < release.deployment["spec"].get("replicas", 1):
         said += why_no_pod(release.deployment, current_set(release.deployment, release.sets))
     for pod in release.current:
-        said += [f"{name_of(pod)}: {text}" for text in why_pod_not(pod, release.events, log)]
+        said += [f"{name_of(pod)}: {text}" for text in why_pod_not(pod, release.events, log, release.nodes)]
     return said
 
 
-def why_pod_not(pod: Object, events: Sequence[Object], log: PodLog) -> list[str]:
+def why_pod_not(pod: Object, events: Sequence[Object], log: PodLog, nodes: Sequence[Object] = ()) -> list[str]:
     """What keeps one pod from serving."""
     if condition(pod, "Ready").get("status") == "True":
         return []
-    if found := why_not_scheduled(pod, events):
+    if found := why_not_scheduled(pod, events, nodes):
         return found
     name = name_of(pod)
     found = why_failing(pod, events, lambda container, previous: log(name, container, previous))

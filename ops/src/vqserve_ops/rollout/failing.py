@@ -142,7 +142,7 @@ def probe_kill(pod: Object, container: Mapping[str, Any], events: Sequence[Objec
     match = re.search(r"Container (\S+) failed (startup|liveness) probe", text)
     if not match or match[1] != container["name"]:
         return ""
-    answer = last_message(pod, events, "Unhealthy")
+    answer = last_message(pod, events, "Unhealthy", f"{match[2].capitalize()} probe")
     if match[2] == "startup":
         probe = container.get("startupProbe") or {}
         seconds = int(probe.get("periodSeconds", 10)) * int(probe.get("failureThreshold", 3))

@@ -7,65 +7,69 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vqserve_ops.objects import Object, condition, name_of
+from vqserve_ops.rollout.nodes import GPU, gpus_had, labels_had, wanted_labels
 
 _NODES = r"(?P<count>\d+) "
-_GPU = "nvidia.com/gpu"
 
-Say = Callable[[re.Match[str], Object], str]
+Say = Callable[[re.Match[str], Object, Sequence[Object]], str]
+"""A sentence, from what the scheduler said, the pod, and all nodes (none if they may not be read)."""
 
 
-def _gpus(match: re.Match[str], pod: Object) -> str:
-    wanted = max((int(limits(container).get(_GPU, 0)) for container in containers(pod)), default=0)
+def _gpus(match: re.Match[str], pod: Object, nodes: Sequence[Object]) -> str:
+    wanted = max((int(limits(container).get(GPU, 0)) for container in containers(pod)), default=0)
+    had = gpus_had(nodes)
     return (
-        f"{_count(match)} too few free GPUs, and the pod wants {wanted} of one node; "
+        f"{_count(match)} too few free GPUs, and the pod wants {wanted} of one node{had and f' ({had})'}; "
         "free some, add a node, or lower engine.gpus"
     )
 
 
-def _products(match: re.Match[str], pod: Object) -> str:
-    wanted = ", ".join(_wanted_labels(pod)) or "its affinity"
+def _labels(match: re.Match[str], pod: Object, nodes: Sequence[Object]) -> str:
+    wanted, had = ", ".join(wanted_labels(pod)) or "its affinity", labels_had(pod, nodes)
     return (
-        f"{_count(match, 'is', 'are')} not labelled {wanted}; "
+        f"{_count(match, 'is', 'are')} not labelled {wanted}{had and f' ({had})'}; "
         "run NVIDIA's GPU feature discovery, or set scheduling.products and nodeSelector to what nodes have"
     )
 
 
 _SCHEDULING: Sequence[tuple[str, Say]] = (
-    (_NODES + re.escape(f"Insufficient {_GPU}"), _gpus),
+    (_NODES + re.escape(f"Insufficient {GPU}"), _gpus),
     (
         _NODES + r"Insufficient (?P<what>[\w./-]+)",
-        lambda match, _: f"{_count(match)} too little free {match['what']}; lower resources.requests, or add a node",
+        lambda match, *_: f"{_count(match)} too little free {match['what']}; lower resources.requests, or add a node",
     ),
-    (_NODES + r"node\(s\) didn't match (Pod's )?node (affinity/selector|affinity|selector)", _products),
+    (_NODES + r"node\(s\) didn't match (Pod's )?node (affinity/selector|affinity|selector)", _labels),
     (
         _NODES + r"node\(s\) had untolerated taint(\(s\))? ?(\{(?P<taint>[^}]*)\})?",
-        lambda match, _: (
+        lambda match, *_: (
             f"{_count(match)} a taint that is not tolerated ({(match['taint'] or 'see the node').rstrip(': ')}); "
             "add it to scheduling.tolerations, or take it off the node"
         ),
     ),
     (
         _NODES + r"node\(s\) were unschedulable",
-        lambda match, _: f"{_count(match, 'is', 'are')} cordoned; kubectl uncordon NODE",
+        lambda match, *_: f"{_count(match, 'is', 'are')} cordoned; kubectl uncordon NODE",
     ),
     (
         r'persistentvolumeclaim "(?P<claim>[^"]+)" not found',
-        lambda match, _: f"there is no PersistentVolumeClaim {match['claim']}; make it, or correct model.pvc.claimName",
+        lambda match, *_: (
+            f"there is no PersistentVolumeClaim {match['claim']}; make it, or correct model.pvc.claimName"
+        ),
     ),
     (
         r"unbound immediate PersistentVolumeClaims|didn't find available persistent volumes to bind",
-        lambda _, pod: (
+        lambda _, pod, __: (
             f"a claim of its is not bound ({', '.join(claims_of(pod))}); make a volume for it, or correct its class "
             "(kubectl describe pvc)"
         ),
     ),
     (
         _NODES + r"node\(s\) had volume node affinity conflict",
-        lambda match, _: f"{_count(match, 'is', 'are')} not where its volume is; free GPUs on the node that has it",
+        lambda match, *_: f"{_count(match, 'is', 'are')} not where its volume is; free GPUs on the node that has it",
     ),
     (
         r"cannot allocate all claims|resourceclaim",
-        lambda _, __: "no node has the devices of its resource claim; check scheduling.dra and the DRA driver's slices",
+        lambda *_: "no node has the devices of its resource claim; check scheduling.dra and the DRA driver's slices",
     ),
 )  # fmt: skip
 
@@ -90,10 +94,15 @@ _MOUNTING: Sequence[tuple[str, str]] = (
 )
 
 
-def why_not_scheduled(pod: Object, events: Sequence[Object]) -> list[str]:
-    """What keeps the scheduler from finding a node."""
+def is_unscheduled(pod: Object) -> bool:
+    """Whether the scheduler has looked for a node and found none."""
+    return condition(pod, "PodScheduled").get("status") == "False"
+
+
+def why_not_scheduled(pod: Object, events: Sequence[Object], nodes: Sequence[Object] = ()) -> list[str]:
+    """What keeps the scheduler from finding a node; with nodes, what they have instead."""
     scheduled = condition(pod, "PodScheduled")
-    if scheduled.get("status") != "False":
+    if not is_unscheduled(pod):
         return []
     text = str(scheduled.get("message") or last_message(pod, events, "FailedScheduling"))
     text = re.split(r"\.? ?preemption:", text)[0]
@@ -102,7 +111,7 @@ def why_not_scheduled(pod: Object, events: Sequence[Object]) -> list[str]:
     for pattern, say in _SCHEDULING:
         for match in re.finditer(pattern, text):
             if not any(first < match.end() and match.start() < last for first, last in spans):
-                said[say(match, pod)] = None
+                said[say(match, pod, nodes)] = None
                 spans.append(match.span())
     if scheduled.get("reason") == "SchedulingGated":
         return ["its scheduling is held back by a gate; see the controller that set spec.schedulingGates"]
@@ -140,11 +149,15 @@ def why_no_pod(deployment: Object, replica_set: Object | None) -> list[str]:
     return [f"{name}: no pod can be made ({text}); correct the values"]
 
 
-def last_message(thing: Object, events: Sequence[Object], reason: str) -> str:
-    """The newest event of a reason about an object."""
+def last_message(thing: Object, events: Sequence[Object], reason: str, begin: str = "") -> str:
+    """What the newest event of a reason says about an object, of those that begin so."""
     uid = thing["metadata"].get("uid")
     of_it = [
-        event for event in events if event.get("reason") == reason and event.get("involvedObject", {}).get("uid") == uid
+        event
+        for event in events
+        if event.get("reason") == reason
+        and event.get("involvedObject", {}).get("uid") == uid
+        and str(event.get("message") or "").startswith(begin)
     ]
     newest = max(of_it, key=_time, default={})
     return " ".join(str(newest.get("message") or "").split())
@@ -171,16 +184,6 @@ def claims_of(pod: Object) -> list[str]:
     """The claims that it mounts."""
     volumes = pod["spec"].get("volumes") or []
     return [volume["persistentVolumeClaim"]["claimName"] for volume in volumes if "persistentVolumeClaim" in volume]
-
-
-def _wanted_labels(pod: Object) -> list[str]:
-    wanted = [f"{key}={value}" for key, value in (pod["spec"].get("nodeSelector") or {}).items()]
-    affinity = (pod["spec"].get("affinity") or {}).get("nodeAffinity") or {}
-    terms = (affinity.get("requiredDuringSchedulingIgnoredDuringExecution") or {}).get("nodeSelectorTerms") or []
-    for expression in (found for term in terms for found in term.get("matchExpressions") or []):
-        values = ", ".join(expression.get("values") or [])
-        wanted.append(f"{expression['key']} {expression['operator']} ({values})")
-    return wanted
 
 
 def _count(match: re.Match[str], one: str = "has", many: str = "have") -> str:

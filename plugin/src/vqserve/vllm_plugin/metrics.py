@@ -41,7 +41,6 @@ LENGTHS = ("context_limit", "max_tokens")
 """What vLLM calls `length` for both."""
 REFUSALS = ("context_limit", "invalid", "stopping")
 """Why a request was refused before it reached the engine."""
-PHASES = ("engine", "server", "warm_up")
 
 _LABELS = ("model_name", "engine")
 
@@ -66,7 +65,6 @@ class Metrics(AggregateStatLoggerBase):
         registry: CollectorRegistry = REGISTRY,
     ) -> None:
         self.last_step = self.last_token = time.monotonic()
-        self._began = _process_start()
         self._limit = vllm_config.model_config.max_model_len
         self._labels = [str(vllm_config.model_config.served_model_name), str(engine_indexes[0])]
         self._registry = registry
@@ -111,7 +109,7 @@ class Metrics(AggregateStatLoggerBase):
             (*_LABELS, "phase"),
             registry=registry,
         )
-        self._phase_ends = self._began
+        self._phase_ends = _process_start()
 
     def record(
         self,

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from vllm.config import VllmConfig
 from vllm.sampling_params import SamplingParams
 
+from vqserve.arguments import shortened
 from vqserve.format.errors import UsageError
 from vqserve.settings import AntiRepetition, anti_repetition, thinking_budget
 from vqserve.vllm_plugin.counters import Counters
@@ -55,9 +56,7 @@ def asked_of(params: SamplingParams) -> AntiRepetition:
         text = f"{asked:.6f}" if isinstance(asked, int | float) and not isinstance(asked, bool) else str(asked)
         setting = AntiRepetition.parse(text, server)
     except UsageError as error:
-        shown = repr(asked)
-        shown = shown if len(shown) <= 100 else f"{shown[:100]}..."
-        raise ValueError(f"vllm_xargs.{ARGUMENT} = {shown}: {error}; 0 turns it off") from error
+        raise ValueError(f"vllm_xargs.{ARGUMENT} = {shortened(repr(asked))}: {error}; 0 turns it off") from error
     if setting.window > server.window:
         problem = f"the window is at most this server's, {server.window}"
         raise ValueError(f"vllm_xargs.{ARGUMENT} = {asked!r}: {problem}; ask for less, or leave it out")
