@@ -81,6 +81,10 @@ class Client:
         host_header: Name to ask for where `host` is the address of an ingress.
         lag: Watches this process, to record by how much timings may be off.
 
+    Attributes:
+        model: As above; may be changed.
+        tokens: Of all answers so far, as they come.
+
     Raises:
         ValueError: `host` is no such address.
     """
@@ -98,6 +102,7 @@ class Client:
         if url.scheme not in ("http", "https") or not url.hostname:
             raise ValueError(f"{host}: expected an address such as http://127.0.0.1:8001")
         self.model = model
+        self.tokens = 0
         self._base = url.path.rstrip("/").removesuffix("/v1")
         self._lag = lag
         headers = {"Accept": "text/event-stream, application/json", "Connection": "close"}
@@ -119,15 +124,24 @@ class Client:
             ssl_context_factory=_tls if self._secure else None,
         )
 
-    def call(self, path: str, body: Mapping[str, Any] | None = None, timeout_s: float = 30.0) -> Any:
+    def call(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """What a route answers in JSON: GET, or POST of a body; None unless it answers 200 with JSON."""
+        answer = self.get(path, body)
+        try:
+            return None if answer is None else json.loads(answer)
+        except ValueError:
+            return None
+
+    def get(self, path: str, body: Mapping[str, Any] | None = None, timeout_s: float = 30.0) -> bytes | None:
+        """What a route answers: GET, or POST of a body; None unless it answers 200 in time."""
         data = None if body is None else json.dumps(body).encode()
         headers = {**self._headers, "Content-Type": "application/json"}
         try:
             with gevent.Timeout(timeout_s, TimeoutError), closing(self._http()) as http:
                 response = http.request("POST" if data else "GET", self._base + path, data, headers)
-                return json.loads(response.read()) if response.status_code == 200 else None
-        except (OSError, HTTPParseError, ValueError):
+                text: bytes = response.read()
+                return text if response.status_code == 200 else None
+        except (OSError, HTTPParseError):
             return None
 
     def ask(self, prompt: Prompt, options: Options, place: Place = Place()) -> Record:
@@ -187,13 +201,25 @@ class Client:
             try:
                 if response.status_code != 200:
                     return _refused(record, response)
-                _stream(response, answer)
+                self._stream(response, answer)
                 answer.judge(length_wanted=options.ignore_eos)
             except Broken as broken:
                 return replace(record, outcome=broken.outcome, detail=broken.detail)
             except (OSError, HTTPParseError) as error:
                 return replace(record, outcome=Outcome.CUT, detail=_words(error))
         return record
+
+    def _stream(self, response: HTTPSocketResponse, answer: Answer) -> None:
+        events = Events()
+        # Lines, and not blocks of bytes: a block is handed out only when it is full.
+        while not answer.done and (line := response.readline(b"\n")):
+            now, before = time.perf_counter(), answer.completion_tokens or 0
+            for data in events.feed(line):
+                answer.add(data, now)
+            self.tokens += (answer.completion_tokens or 0) - before
+        if not answer.done:
+            for data in events.feed(response.read()):
+                answer.add(data, time.perf_counter())
 
     def _measured(self, record: Record, answer: Answer, prompt: Prompt, began: float) -> Record:
         def since(moment: float | None) -> float | None:
@@ -221,18 +247,6 @@ class Client:
 
 class _TookTooLong(BaseException):
     """A limit on the whole request; no Exception, so that nothing on the way takes it for its own."""
-
-
-def _stream(response: HTTPSocketResponse, answer: Answer) -> None:
-    events = Events()
-    # Lines, and not blocks of bytes: a block is handed out only when it is full.
-    while not answer.done and (line := response.readline(b"\n")):
-        now = time.perf_counter()
-        for data in events.feed(line):
-            answer.add(data, now)
-    if not answer.done:
-        for data in events.feed(response.read()):
-            answer.add(data, time.perf_counter())
 
 
 def _refused(record: Record, response: HTTPSocketResponse) -> Record:

@@ -15,6 +15,7 @@ from loadtest.profiles import Profile
 from loadtest.prompts import Mix
 from loadtest.records import Outcome, Record
 from loadtest.shapes import Climb, Stage, arrivals, stage_at
+from loadtest.slo import Slo
 
 IDLE_S = 0.05
 """Between two looks of a user who is not wanted now."""
@@ -22,6 +23,9 @@ IDLE_S = 0.05
 
 class Load:
     """One process's share of the traffic.
+
+    Args:
+        slo: What a search judges by; None takes the profile's.
 
     Attributes:
         under_way: Requests sent and not yet complete.
@@ -35,13 +39,14 @@ class Load:
         mix: Mix,
         emit: Callable[[Record], None],
         *,
+        slo: Slo | None = None,
         source: int = 0,
         sources: int = 1,
     ) -> None:
         self.under_way = 0
         self.climb: Climb | None = None
         self._profile, self._client, self._mix, self._emit = profile, client, mix, emit
-        self._source, self._sources = source, sources
+        self._source, self._sources, self._slo = source, sources, slo or profile.slo
         self._number, self._began, self._dispatched = 0, time.perf_counter(), False
         self._judged: list[Record] = []
         self._pauses = random.Random(f"think/{profile.seed}/{source}")
@@ -91,8 +96,9 @@ class Load:
             self._dispatched = True
 
     def _climb(self) -> None:
-        search = self._profile.traffic.search
+        search, slo = self._profile.traffic.search, self._slo
         assert search
+        assert slo
         self.climb = Climb(search)
         step = 0
         while (rate := self.climb.next_rate()) is not None:
@@ -100,7 +106,7 @@ class Load:
             settling = [Stage(search.settle, rate=rate, warm_up=True)] if search.settle else []
             self._judged = []
             self._open([*settling, Stage(search.seconds - search.settle, rate=rate)], self._profile.seed + step)
-            self.climb.tell(rate, held=not search.slo.broken(self._judged))
+            self.climb.tell(rate, held=not slo.broken(self._judged))
 
     def _open(self, stages: Sequence[Stage], seed: int) -> None:
         began, sent = time.perf_counter(), Group()

@@ -16,12 +16,11 @@ from locust import LoadTestShape, User, events, task
 from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
 from locust.exception import StopUser
-from locust.runners import MasterRunner
 
-from loadtest import profiles
 from loadtest.profiles import ProfileError
 from loadtest.replay import ReplayError
-from loadtest.session import DRAINED, Session
+from loadtest.session import Session
+from loadtest.slo import SloError
 
 _sessions: dict[Environment, Session] = {}
 GRACE_S = 30.0
@@ -38,38 +37,29 @@ def _arguments(parser: LocustArgumentParser, **_: Any) -> None:
     group.add_argument(
         "--run-name", default="", env_var="LOADTEST_RUN", help="name of the run; default: profile and time"
     )
-    sources_help = "processes that share the traffic: of a distributed run, the number of workers"
-    group.add_argument("--sources", type=int, default=1, env_var="LOADTEST_SOURCES", help=sources_help)
+    slo_help = "what to judge by, e.g. ttft_s=2,tpot_s=0.05,failures=0.01; without it every request has to be good"
+    group.add_argument("--slo", default="", env_var="LOADTEST_SLO", help=slo_help)
+    metrics_help = "of the server, sampled beside; default: /metrics of --host; `none`: nothing is"
+    group.add_argument("--metrics-url", default="", env_var="LOADTEST_METRICS_URL", help=metrics_help)
+    pid_help = "process of this machine whose memory is watched, children included: the server's"
+    group.add_argument("--watch-pid", type=int, default=0, env_var="LOADTEST_WATCH_PID", help=pid_help)
     host_help = "name to ask for, where --host is an ingress's address"
     group.add_argument("--host-header", default="", env_var="LOADTEST_HOST_HEADER", help=host_help)
 
 
 @events.init.add_listener
 def _init(environment: Environment, **_: Any) -> None:
-    options: Any = environment.parsed_options
     try:
-        profile = profiles.read(profiles.find(options.load_profile))
-        if profile.traffic.search and options.sources > 1:
-            raise ProfileError(
-                f"{profile.name}: a search judges its own records and runs in one process; leave out --sources"
-            )
-    except (ProfileError, ReplayError) as error:
+        session = _sessions[environment] = Session(environment)
+    except (ProfileError, ReplayError, SloError) as error:
         sys.exit(f"loadtest: error: {error}")
-    session = _sessions[environment] = Session(environment, profile)
     if isinstance(environment.shape_class, Traffic):
         environment.shape_class.session = session
-    if isinstance(environment.runner, MasterRunner):
-        environment.runner.register_message(DRAINED, lambda msg, **_: session.drained.add(msg.node_id))
 
 
 @events.test_start.add_listener
 def _start(environment: Environment, **_: Any) -> None:
-    try:
-        _sessions[environment].start()
-    except (ProfileError, ValueError) as error:
-        # Locust logs what a listener raises and goes on without it.
-        environment.process_exit_code = 2
-        sys.stderr.write(f"loadtest: error: {error}\n")
+    _sessions[environment].start()
 
 
 @events.test_stop.add_listener
@@ -79,8 +69,9 @@ def _stop(environment: Environment, **_: Any) -> None:
 
 @events.quitting.add_listener
 def _quit(environment: Environment, **_: Any) -> None:
-    if environment in _sessions:
-        _sessions[environment].stop()
+    # Ctrl-C and SIGTERM: a run that is on ends as it would by itself, workers first, and is reported.
+    if environment in _sessions and _sessions[environment].active and environment.runner:
+        environment.runner.stop()
 
 
 class Traffic(LoadTestShape):
@@ -110,11 +101,12 @@ class Traffic(LoadTestShape):
         if not session.is_master:
             # Locust asks once before it starts the test; an ended test without a load could not be started.
             return session.load.ended if session.load else elapsed > 1
+        if session.failed:
+            return True
         planned = sum(stage.seconds for stage in session.profile.traffic.stages)
         if elapsed < planned:
             return False
-        everyone = len(session.drained) >= getattr(self.runner, "worker_count", 1)
-        return everyone or elapsed > planned + session.profile.options.timeout_s + GRACE_S
+        return session.drained or elapsed > planned + session.profile.options.timeout_s + GRACE_S
 
 
 class LanguageModelUser(User):

@@ -6,7 +6,7 @@ import math
 import random
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -14,7 +14,8 @@ from typing import Any, cast, get_args
 from loadtest.client import Api, Options
 from loadtest.prompts import LANGUAGES, Part, Prompt, Sizing, needle_prompt, over_cap_prompt, sum_prompt, word_prompt
 from loadtest.replay import read_prompts
-from loadtest.shapes import Search, Slo, Stage
+from loadtest.shapes import Search, Stage
+from loadtest.slo import Slo, SloError
 
 FOLDER = Path(__file__).with_name("profiles")
 KINDS = ("closed", "open", "stages", "spike", "soak", "search")
@@ -174,6 +175,7 @@ class Profile:
         options: How prompts are sent.
         traffic: When.
         contents: What.
+        slo: What it has to keep, if the command line does not say; None: every request has to be good.
         source: The file as parsed, for `records.Run`.
     """
 
@@ -184,6 +186,7 @@ class Profile:
     options: Options
     traffic: Traffic
     contents: tuple[Content, ...]
+    slo: Slo | None
     source: dict[str, Any]
 
     def parts(self, sizing: Sizing) -> list[Part]:
@@ -239,9 +242,12 @@ def read(path: Path) -> Profile:
         _options(Table(table.take("options", {}), f"{path}: [options]")),
         _traffic(Table(table.take("traffic"), f"{path}: [traffic]")),
         tuple(_content(Table(c, f"{path}: prompts[{i}]"), path.parent) for i, c in enumerate(contents)),
+        _slo(Table(table.take("slo"), f"{path}: [slo]")) if "slo" in table else None,
         source,
     )
     table.end()
+    if profile.traffic.search and not profile.slo:
+        raise table.fail("slo", "a search needs a table of what a rate has to keep; add it")
     return profile
 
 
@@ -259,6 +265,15 @@ def _options(table: Table) -> Options:
     if options.api == "completions" and options.reasoning is not None:
         raise table.fail("reasoning", 'only a chat has it; remove it or set api = "chat"')
     return options
+
+
+def _slo(table: Table) -> Slo:
+    limits = {field.name: table.number(field.name, field.default) for field in fields(Slo)}
+    table.end()
+    try:
+        return Slo(**limits)
+    except SloError as cause:
+        raise ProfileError(f"{table.where}: {cause}") from cause
 
 
 def _traffic(table: Table) -> Traffic:
@@ -319,14 +334,6 @@ def _stage(table: Table, key: str, seconds: float) -> Stage:
 
 
 def _search(table: Table) -> Search:
-    limits = Table(table.take("slo"), f"{table.where}: slo")
-    seconds = {name: limits.number(name, None, above=True) for name in ("ttft_s", "itl_s", "e2e_s")}
-    slo = Slo(
-        **seconds, failures=limits.number("failures", 0.0), percentile=limits.number("percentile", 90.0, above=True)
-    )
-    limits.end()
-    if slo.percentile > 100 or slo.failures > 1:
-        raise limits.fail("percentile" if slo.percentile > 100 else "failures", "out of range; at most 100 and 1")
     search = Search(
         table.number("start", above=True),
         table.number("factor", 1.5, least=1.0, above=True),
@@ -334,7 +341,6 @@ def _search(table: Table) -> Search:
         table.whole("refine", 2, least=0),
         table.number("seconds", above=True),
         table.number("settle_s", 0.0),
-        slo,
     )
     if search.start > search.most or search.settle >= search.seconds:
         raise table.fail("start", "expected start <= most and settle_s < seconds")

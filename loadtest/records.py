@@ -1,4 +1,4 @@
-"""What a load test leaves: a JSON object per line, first the run, then a record per request. Reports read nothing else.
+"""What a load test leaves: a JSON object per line, first the run, then what was sent and seen. Reports read no more.
 
 Times of day are Unix seconds, durations seconds; fields are only ever added within a version.
 """
@@ -15,6 +15,8 @@ from typing import Any, Self
 
 VERSION = 1
 """Of the lines below. A reader refuses any other."""
+COMPARED = ("model", "profile", "max_model_len", "sources")
+"""Fields of a run that two must share to be compared: what was asked, and how."""
 
 
 class Outcome(StrEnum):
@@ -53,7 +55,7 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True)
 class Run:
-    """What was run, the first line of every process; two runs compare only if all but `run` and `started_at` agree.
+    """What was run, the first line of every process; two runs compare only if all of `COMPARED` agree.
 
     Attributes:
         run: Name of the run, the same in all its processes.
@@ -63,6 +65,7 @@ class Run:
         profile: The whole profile, as read.
         max_model_len: The server's cap in tokens; None if it did not say.
         sources: Processes that share an open loop's rate.
+        source: Number of the process among them.
         server_version: As `/version` says; None if it does not.
     """
 
@@ -73,6 +76,7 @@ class Run:
     profile: dict[str, Any]
     max_model_len: int | None
     sources: int = 1
+    source: int = 0
     server_version: str | None = None
 
 
@@ -150,6 +154,30 @@ class Record:
         return self.outcome == self.expected
 
 
+@dataclass(frozen=True)
+class Sample:
+    """What was seen at one moment, beside the requests.
+
+    Attributes:
+        at: Unix time.
+        of: `client` (this process), `server` (its `/metrics`) or `process` (one of this machine that is watched).
+        values: By name, in the units that the names state.
+    """
+
+    at: float
+    of: str
+    values: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Log:
+    """What one process wrote down."""
+
+    run: Run
+    records: list[Record]
+    samples: list[Sample]
+
+
 class RecordError(ValueError):
     """A line that is no record of this version; says file, line and what to do."""
 
@@ -162,9 +190,9 @@ class Writer:
         self._file = path.open("x", encoding="utf-8", buffering=1)
         self._write({"type": "run", **asdict(run)})
 
-    def write(self, record: Record) -> None:
-        """Appends a record."""
-        self._write({"type": "request", **asdict(record)})
+    def write(self, line: Record | Sample) -> None:
+        """Appends a request or a sample."""
+        self._write({"type": "request" if isinstance(line, Record) else "sample", **asdict(line)})
 
     def _write(self, line: dict[str, Any]) -> None:
         text = json.dumps({"version": VERSION, **line}, ensure_ascii=False, separators=(",", ":"), default=str)
@@ -181,23 +209,24 @@ class Writer:
         self.close()
 
 
-def read(path: Path) -> tuple[Run, list[Record]]:
-    """The run and the requests of one process; a last line without its end, from a killed one, is left out.
+def read(path: Path) -> Log:
+    """The lines of one process; a last one without its end, from a killed process, is left out.
 
     Raises:
         RecordError: The file is not one that `Writer` wrote.
     """
-    run: Run | None = None
-    records: list[Record] = []
+    log: Log | None = None
     for number, line in _lines(path):
         try:
             found = json.loads(line)
             if (version := found.pop("version")) != VERSION:
                 raise RecordError(f"{path}:{number}: version {version}; this reads {VERSION}: use the release it is of")
-            if (kind := found.pop("type")) == "run" and run is None:
-                run = Run(**found)
-            elif kind == "request" and run is not None:
-                records.append(_record(found))
+            if (kind := found.pop("type")) == "run" and log is None:
+                log = Log(run_of(found), [], [])
+            elif kind == "request" and log is not None:
+                log.records.append(record_of(found))
+            elif kind == "sample" and log is not None:
+                log.samples.append(sample_of(found))
             else:
                 raise RecordError(
                     f"{path}:{number}: a line of type `{kind}` where none belongs; leave the file as written"
@@ -208,9 +237,26 @@ def read(path: Path) -> tuple[Run, list[Record]]:
             raise RecordError(
                 f"{path}:{number}: no record ({cause}); leave the file as the load test wrote it"
             ) from cause
-    if run is None:
+    if log is None:
         raise RecordError(f"{path}: no line of type `run`; was it written by a load test?")
-    return run, records
+    return log
+
+
+def read_all(folder: Path) -> list[Log]:
+    """What the processes of one run wrote down, in the order of their numbers.
+
+    Raises:
+        RecordError: There is nothing, or not of one run.
+    """
+    paths = sorted(folder.glob("records-*.jsonl"))
+    if not paths:
+        raise RecordError(f"{folder}: holds no records-*.jsonl; name the folder of a run")
+    logs = sorted((read(path) for path in paths), key=lambda log: log.run.source)
+    first = logs[0].run
+    for log in logs[1:]:
+        if (log.run.run, log.run.profile, log.run.model) != (first.run, first.profile, first.model):
+            raise RecordError(f"{folder}: holds records of different runs; keep each in a folder of its own")
+    return logs
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -220,11 +266,26 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 yield number, line
 
 
-def _record(found: dict[str, Any]) -> Record:
+def run_of(found: dict[str, Any]) -> Run:
+    """A run from its fields."""
+    return Run(**_known(Run, found))
+
+
+def sample_of(found: dict[str, Any]) -> Sample:
+    """A sample from its fields."""
+    return Sample(**_known(Sample, found))
+
+
+def record_of(found: dict[str, Any]) -> Record:
+    """A record from its fields, as JSON or a message between processes has them."""
     for name in ("outcome", "expected"):
         found[name] = Outcome(found[name])
     for name in ("gaps_s", "gap_tokens"):
         found[name] = tuple(found[name])
-    known = {field.name for field in fields(Record)}
+    return Record(**_known(Record, found))
+
+
+def _known(kind: type[Any], found: dict[str, Any]) -> dict[str, Any]:
     # A later release of the same version may have added fields.
-    return Record(**{name: value for name, value in found.items() if name in known})
+    known = {field.name for field in fields(kind)}
+    return {name: value for name, value in found.items() if name in known}

@@ -1,50 +1,77 @@
-"""Between Locust and the load: what a process sets up for a run, feeds into Locust's statistics and writes down."""
+"""Between Locust and the load: what a process sets up for a run, feeds into Locust's statistics and leaves behind."""
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import gevent
+import psutil
 from locust.env import Environment
 from locust.runners import MasterRunner, WorkerRunner
 
+from loadtest import profiles
 from loadtest.client import Client
 from loadtest.lag import LagMonitor
 from loadtest.load import Load
 from loadtest.profiles import Profile, ProfileError
 from loadtest.prompts import Mix, Sizing
-from loadtest.records import Record, Run, Writer
+from loadtest.records import Record, RecordError, Run, Sample
+from loadtest.report import summary, write
+from loadtest.results import Results
+from loadtest.sinks import MESSAGE, Collector, Sink, ToMaster, file_of
+from loadtest.slo import Slo, SloError
+from loadtest.watch import Watch
 
 KEY = "VLLM_API_KEY"
 """Variable of the API key. Never an argument: those are seen by every user of the machine."""
-PROGRESS_S = 5.0
-DRAINED = "loadtest-drained"
-"""Message of a worker that has sent everything and has all answers."""
+PROGRESS_S, LOOK_S = 5.0, 0.5
+COLLECT_S = 15.0
+"""A master waits so long for the last lines of workers that it has stopped."""
+KEPT, BROKEN, NOT_RUN = 0, 1, 2
+"""Exit codes."""
 
 logger = logging.getLogger(__name__)
 
 
 class Session:
-    """One run in one process.
+    """A process's part in the runs that Locust starts, one after the other.
 
     Attributes:
-        load: What is being sent; None on a master.
-        drained: Workers that are done.
+        load: What is being sent; None on a master, and before a run.
+        profile: Of the run, or the one that the command line names.
+        results: Of the last run; None on a worker, and before.
+
+    Raises:
+        ProfileError: The command line names a profile that cannot be run.
+        SloError: It names objectives that are none.
     """
 
-    def __init__(self, environment: Environment, profile: Profile) -> None:
+    def __init__(self, environment: Environment) -> None:
         self.load: Load | None = None
-        self.drained: set[str] = set()
-        self._environment, self.profile = environment, profile
+        self.results: Results | None = None
+        self._environment = environment
         self._options: Any = environment.parsed_options
+        self.profile, self._slo = self._read()
         self._lag = LagMonitor()
-        self._writer: Writer | None = None
+        self._sink: Sink | None = None
+        self._collector: Collector | None = None
+        self._watch: Watch | None = None
         self._progress: gevent.Greenlet[[], None] | None = None
-        self._users = self._done = self._failed = self._tokens = 0
+        self._folder: Path | None = None
+        self._users = self._done = self._failed = 0
+        if isinstance(environment.runner, MasterRunner):
+            environment.runner.register_message(MESSAGE, self._receive)
+
+    def _read(self) -> tuple[Profile, Slo | None]:
+        profile = profiles.read(profiles.find(self._options.load_profile))
+        return profile, Slo.parse(self._options.slo) if self._options.slo else profile.slo
 
     @property
     def is_master(self) -> bool:
@@ -52,10 +79,20 @@ class Session:
         return isinstance(self._environment.runner, MasterRunner)
 
     @property
-    def source(self) -> int:
-        """Number of this process among those that send."""
-        runner = self._environment.runner
-        return runner.worker_index if isinstance(runner, WorkerRunner) else 0
+    def active(self) -> bool:
+        """Whether a run is on."""
+        return self._sink is not None or self._collector is not None
+
+    @property
+    def drained(self) -> bool:
+        """Of a master: whether every worker has sent everything and has all answers."""
+        workers = getattr(self._environment.runner, "worker_count", 0)
+        return self._collector is not None and len(self._collector.done) >= workers
+
+    @property
+    def failed(self) -> bool:
+        """Of a master: whether a worker could not begin."""
+        return self._collector is not None and self._collector.error is not None
 
     def next_user(self) -> int:
         """Number of a user within this process."""
@@ -63,15 +100,76 @@ class Session:
         return self._users - 1
 
     def start(self) -> None:
-        """Looks at the server, opens the file of records and sets the clock.
+        """Looks at the server, opens what lines go to and sets the clock; a master only prepares to collect."""
+        runner = self._environment.runner
+        try:
+            self.profile, self._slo = self._read()
+            if isinstance(runner, WorkerRunner):
+                self._begin(runner.worker_index)
+                return
+            # Beside the option: Locust's page may start several runs, and keeps what the option was.
+            self._options.run = self._options.run_name or _name(self.profile)
+            self._folder = Path(self._options.records) / self._options.run
+            self._options.sources = getattr(runner, "worker_count", 1)
+            if self.profile.traffic.search and self._options.sources > 1:
+                raise ProfileError(
+                    f"{self.profile.name}: a search judges its own records and runs in one process; start one worker"
+                )
+            if self._folder.exists() and any(self._folder.iterdir()):
+                raise ProfileError(f"{self._folder}: holds a run already; choose another --run-name or --records")
+            if self.is_master:
+                self._collector = Collector(Path(self._options.records))
+            else:
+                self._begin(0)
+        # Locust logs what a listener raises and goes on without it.
+        except (ProfileError, SloError, ValueError, OSError, psutil.Error) as error:
+            self._give_up(str(error))
 
-        Raises:
-            ProfileError: Server and profile do not fit together, or no server answers.
-        """
-        if self.is_master:
-            return
-        host = self._environment.host or ""
-        options = self._options
+    def _give_up(self, error: str) -> None:
+        self._environment.process_exit_code = NOT_RUN
+        sys.stderr.write(f"loadtest: error: {error}\n")
+        runner = self._environment.runner
+        if isinstance(runner, WorkerRunner):
+            runner.send_message(MESSAGE, {"error": error})
+        elif self.is_master:
+            self._collector = self._collector or Collector(Path(self._options.records))
+            self._collector.error = error
+
+    def _begin(self, source: int) -> None:
+        runner, options, profile = self._environment.runner, self._options, self.profile
+        client, cap = self._server()
+        sizing = Sizing.of(lambda text: _count(client, text), cap)
+        sources = options.sources
+        mix = Mix(profile.parts(sizing), profile.seed, source)
+        version = (client.call("/version") or {}).get("version")
+        run = Run(
+            run=options.run,
+            started_at=time.time(),
+            host=self._environment.host or "",
+            model=client.model,
+            profile=profile.source,
+            max_model_len=cap,
+            sources=sources,
+            source=source,
+            server_version=version,
+        )
+        watched = self._metrics(client) if source == 0 else None
+        self._watch = Watch(self._emit, self._lag, watched, options.watch_pid or None)
+        if isinstance(runner, WorkerRunner):
+            self._sink = ToMaster(runner, run)
+        else:
+            self._sink = file_of(Path(options.records), run)
+        logger.info("profile %s, model %s, cap %s; records: %s", profile.name, client.model, cap, self._folder)
+        self._users = self._done = self._failed = 0
+        self.load = Load(profile, client, mix, self.take, slo=self._slo, source=source % sources, sources=sources)
+        self._lag.start()
+        self._watch.start()
+        self.load.start()
+        self._progress = gevent.spawn(self._report, self.load, client)
+
+    def _server(self) -> tuple[Client, int | None]:
+        """A client of the model to load, and the server's cap."""
+        host, options = self._environment.host or "", self._options
         key = os.environ.get(KEY) or None
         client = Client(host, options.model or "", key=key, host_header=options.host_header or None, lag=self._lag)
         models = (client.call("/v1/models") or {}).get("data") or []
@@ -82,49 +180,78 @@ class Session:
                 f"{host}: /v1/models lists {listed}; check --host and --model, and the key in {KEY} if it has one"
             )
         client.model = chosen["id"]
-        cap = self.profile.cap or chosen.get("max_model_len")
-        sizing = Sizing.of(lambda text: _count(client, text), cap)
-        mix = Mix(self.profile.parts(sizing), self.profile.seed, self.source)
-        run = options.run_name or time.strftime(f"{self.profile.name}-%Y%m%d-%H%M%S", time.gmtime())
-        version = (client.call("/version") or {}).get("version")
-        head = Run(run, time.time(), host, client.model, self.profile.source, cap, options.sources, version)
-        path = Path(options.records) / run / f"records-{self.source}.jsonl"
-        try:
-            self._writer = Writer(path, head)
-        except OSError as cause:
-            raise ProfileError(
-                f"{path}: cannot be written ({cause}); choose another --run-name or --records"
-            ) from cause
-        logger.info("profile %s, model %s, cap %s; records go to %s", self.profile.name, client.model, cap, path)
-        self.load = Load(self.profile, client, mix, self.take, source=self.source, sources=options.sources)
-        self._users = self._done = self._failed = self._tokens = 0
-        self._lag.start()
-        self.load.start()
-        self._progress = gevent.spawn(self._report)
+        return client, self.profile.cap or chosen.get("max_model_len")
+
+    def _metrics(self, client: Client) -> tuple[Client, str] | None:
+        """Where the server's metrics are."""
+        if not (url := self._options.metrics_url):
+            return client, "/metrics"
+        if url == "none":
+            return None
+        parts = urlsplit(url)
+        return Client(f"{parts.scheme}://{parts.netloc}", ""), parts.path or "/metrics"
 
     def stop(self) -> None:
-        """Closes what `start` opened; what has been recorded is on the disk already."""
-        if self._progress is not None:
-            self._progress.kill()
-            self._progress = None
+        """Ends a run; of a master or a single process: reports it."""
+        for part in (self._progress, self._watch):
+            if part is not None:
+                part.kill() if isinstance(part, gevent.Greenlet) else part.stop()
+        self._progress = self._watch = None
         self._lag.stop()
-        if self.load is not None and self.load.climb is not None:
-            logger.info("saturation: %s", self.load.climb)
-            if self.load.climb.held is None:
-                self._environment.process_exit_code = 1
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        if self.load is not None and self.load.under_way:
+            logger.info("%d requests were under way and are not in the results", self.load.under_way)
+        self.load = None
+        if self._sink is not None:
+            self._sink.close()
+            self._sink = None
+            if isinstance(self._environment.runner, WorkerRunner):
+                self._environment.process_exit_code = KEPT  # the verdict is the master's
+            else:
+                self._conclude()
+        if self._collector is not None:
+            self._collect(self._collector)
+            self._collector = None
+
+    def _collect(self, collector: Collector) -> None:
+        with suppress(_TookTooLong), gevent.Timeout(COLLECT_S, _TookTooLong):
+            while not collector.sources <= collector.done:
+                gevent.sleep(0.05)
+        collector.close()
+        if collector.error:
+            self._environment.process_exit_code = NOT_RUN
+        elif collector.sources:
+            self._conclude()
+
+    def _conclude(self) -> None:
+        assert self._folder
+        try:
+            self.results = Results.read(self._folder, self._slo)
+            page = write(self._folder, self.results)
+        except (RecordError, OSError) as error:
+            self._give_up(str(error))
+            return
+        sys.stdout.write("\n".join([*summary(self.results), f"report: {page}", ""]))
+        sys.stdout.flush()
+        self._environment.process_exit_code = BROKEN if self.results.failed else KEPT
+
+    def _receive(self, msg: Any, **_: Any) -> None:
+        if self._collector is None:
+            return
+        try:
+            self._collector.take(msg.node_id, msg.data)
+        except OSError as error:
+            self._give_up(str(error))
+        else:
+            if self._collector.error:
+                self._give_up(f"worker {msg.node_id}: {self._collector.error}")
 
     def take(self, record: Record) -> None:
         """Writes a record down, and shows it in Locust's statistics unless it is of the warm-up."""
-        if self._writer is not None:
-            self._writer.write(record)
+        self._emit(record)
         if record.warm_up:
             return
         self._done += 1
         self._failed += not record.good
-        self._tokens += record.completion_tokens or 0
         problem = None if record.good else Exception(record.outcome.value)
         self._environment.events.request.fire(
             request_type="e2e",
@@ -143,19 +270,34 @@ class Session:
         if record.tpot_s:
             stats.get(record.kind, "tok/s").log(round(1 / record.tpot_s), 0)
 
-    def _report(self) -> None:
-        before, told = self._tokens, False
-        while self.load is not None:
-            gevent.sleep(PROGRESS_S)
-            rate, before = (self._tokens - before) / PROGRESS_S, self._tokens
-            load, lag = self.load, self._lag.worst_since(time.perf_counter() - PROGRESS_S) or 0.0
+    def _emit(self, line: Record | Sample) -> None:
+        if self._sink is not None:
+            self._sink.write(line)
+
+    def _report(self, load: Load, client: Client) -> None:
+        before, then, told = client.tokens, time.perf_counter(), False
+        while not told:
+            gevent.sleep(LOOK_S)
+            if load.ended and self._sink is not None:
+                self._sink.drained()
+                told = True
+            elif time.perf_counter() - then < PROGRESS_S:
+                continue
+            now = time.perf_counter()
+            rate, lag = (client.tokens - before) / (now - then), self._lag.worst_since(then) or 0.0
+            before, then = client.tokens, now
             logger.info(
-                "%s: %d under way, %d done, %d failed, %.1f tok/s of answers completed, client lag %.1f ms",
+                "%s: %d under way, %d done, %d failed, %.1f tok/s, client lag %.1f ms",
                 *(load.stage, load.under_way, self._done, self._failed, rate, lag * 1e3),
             )
-            if load.ended and not told and isinstance(self._environment.runner, WorkerRunner):
-                self._environment.runner.send_message(DRAINED, {})
-                told = True
+
+
+class _TookTooLong(BaseException):
+    """No Exception, so that nothing on the way takes it for its own."""
+
+
+def _name(profile: Profile) -> str:
+    return time.strftime(f"{profile.name}-%Y%m%d-%H%M%S", time.gmtime())
 
 
 def _count(client: Client, text: str) -> int | None:

@@ -6,12 +6,9 @@ not give that: a user waits for its answer before it sends the next request.
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-
-from loadtest.records import Record
 
 WARM_UP = "warm-up"
 
@@ -41,45 +38,6 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Slo:
-    """What a rate has to keep to be held; None asks nothing.
-
-    Attributes:
-        ttft_s: Limit of the given percentile of time to first token.
-        itl_s: Limit of the given percentile of the gaps between chunks.
-        e2e_s: Limit of the given percentile of whole requests.
-        failures: Largest share of requests that may end otherwise than expected.
-        percentile: Of the limits above.
-    """
-
-    ttft_s: float | None = None
-    itl_s: float | None = None
-    e2e_s: float | None = None
-    failures: float = 0.0
-    percentile: float = 90.0
-
-    def broken(self, records: Sequence[Record]) -> list[str]:
-        """Why these requests do not keep it, in words; empty if they do."""
-        if not records:
-            return ["no request ended"]
-        good = [record for record in records if record.good]
-        share = 1 - len(good) / len(records)
-        reasons = [] if share <= self.failures else [f"{share:.1%} failed, {self.failures:.1%} allowed"]
-        measured = {
-            "TTFT": (self.ttft_s, [record.ttft_s for record in good if record.ttft_s is not None]),
-            "ITL": (self.itl_s, [gap for record in good for gap in record.gaps_s]),
-            "e2e": (self.e2e_s, [record.e2e_s for record in good if record.ttft_s is not None]),
-        }
-        for name, (limit, values) in measured.items():
-            if limit is None or not values:
-                continue
-            found = percentile(values, self.percentile)
-            if found > limit:
-                reasons.append(f"{name} p{self.percentile:g} {found:.3f} s, {limit:g} s allowed")
-        return reasons
-
-
-@dataclass(frozen=True)
 class Search:
     """Rates to try for the largest that keeps an SLO: up by a factor until it breaks, then between the two.
 
@@ -90,7 +48,6 @@ class Search:
         refine: Halvings of the gap between the last rate that held and the first that did not.
         seconds: Each rate is kept for.
         settle: Seconds at the beginning of each that are not judged.
-        slo: What has to be kept.
     """
 
     start: float
@@ -99,7 +56,6 @@ class Search:
     refine: int
     seconds: float
     settle: float
-    slo: Slo
 
 
 class Climb:
@@ -184,9 +140,3 @@ def stage_at(stages: Sequence[Stage], elapsed: float) -> Stage | None:
             return stage
         elapsed -= stage.seconds
     return None
-
-
-def percentile(values: Sequence[float], percent: float) -> float:
-    """The smallest value that at least `percent` per cent of the values do not exceed."""
-    assert values
-    return sorted(values)[max(0, math.ceil(len(values) * percent / 100) - 1)]

@@ -1,0 +1,122 @@
+"""Where a process's lines go: into its own file, or from a worker to the master, which writes them."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import gevent
+from locust.runners import WorkerRunner
+
+from loadtest.records import Record, Run, Sample, Writer, record_of, run_of, sample_of
+
+MESSAGE = "loadtest"
+"""Of a worker to the master: the head of its run, lines, and whether it has sent everything."""
+PERIOD_S = 1.0
+
+logger = logging.getLogger(__name__)
+
+
+class Sink(Protocol):
+    """Takes the lines of one process."""
+
+    def write(self, line: Record | Sample) -> None:
+        """Takes one."""
+
+    def drained(self) -> None:
+        """Says that all requests have ended."""
+
+    def close(self) -> None:
+        """No line will follow."""
+
+
+class File(Writer):
+    """A file of this process."""
+
+    def drained(self) -> None:
+        """Nobody waits for it."""
+
+
+def file_of(folder: Path, run: Run) -> File:
+    """The file of a process.
+
+    Raises:
+        OSError: It exists, or cannot be written.
+    """
+    return File(folder / run.run / f"records-{run.source}.jsonl", run)
+
+
+class ToMaster:
+    """Sends lines to the master every second."""
+
+    def __init__(self, runner: WorkerRunner, run: Run) -> None:
+        self._runner, self._head = runner, asdict(run)
+        self._lines: list[dict[str, Any]] = []
+        self._done = False
+        self._flush()
+        self._greenlet = gevent.spawn(self._go)
+
+    def write(self, line: Record | Sample) -> None:
+        """Keeps a line for the next message."""
+        self._lines.append(asdict(line))
+
+    def drained(self) -> None:
+        """Sends what is left, and that it is all."""
+        self._done = True
+        self._flush()
+
+    def close(self) -> None:
+        """The same."""
+        self._greenlet.kill()
+        self.drained()
+
+    def _go(self) -> None:
+        while True:
+            gevent.sleep(PERIOD_S)
+            self._flush()
+
+    def _flush(self) -> None:
+        lines, self._lines = self._lines, []
+        self._runner.send_message(MESSAGE, {"run": self._head, "lines": lines, "done": self._done})
+
+
+class Collector:
+    """The master's side: writes what the workers send, a file for each.
+
+    Attributes:
+        done: Workers that have sent everything, by node.
+        error: What a worker could not start for; None if all did.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.done: set[str] = set()
+        self.error: str | None = None
+        self._folder, self._files = folder, dict[str, File]()
+
+    @property
+    def sources(self) -> set[str]:
+        """Workers that have begun, by node."""
+        return set(self._files)
+
+    def take(self, node: str, data: dict[str, Any]) -> None:
+        """Takes a message.
+
+        Raises:
+            OSError: A file cannot be written.
+        """
+        if error := data.get("error"):
+            self.error = error
+            return
+        if node not in self._files:
+            self._files[node] = file_of(self._folder, run_of(data["run"]))
+        for line in data["lines"]:
+            self._files[node].write(record_of(line) if "outcome" in line else sample_of(line))
+        if data["done"]:
+            self.done.add(node)
+
+    def close(self) -> None:
+        """Closes the files."""
+        for file in self._files.values():
+            file.close()
