@@ -1,7 +1,7 @@
 """Two runs side by side: `python -m loadtest.compare build/loadtest/BEFORE build/loadtest/AFTER`.
 
 Every difference has a bootstrap interval. Requests are drawn anew from each run, with all their gaps, because the gaps
-of one answer are not independent; throughput is drawn in blocks of time. An interval that holds no change is no finding.
+of one answer are not independent; throughput is drawn in blocks of time. An interval around 1 is no finding.
 """
 
 from __future__ import annotations
@@ -157,10 +157,11 @@ def interval(
     before: Sequence[Array], after: Sequence[Array], statistic: Callable[[Array], float]
 ) -> tuple[float, float]:
     """The bootstrap interval of the ratio of a statistic, after / before, drawing whole arrays from each."""
+    draw_before, draw_after = _drawing(before), _drawing(after)
 
     def ratio(chosen: Array, other: Array) -> float:
-        below = statistic(np.concatenate([before[int(i)] for i in chosen]))
-        return statistic(np.concatenate([after[int(i)] for i in other])) / below if below else np.nan
+        below = statistic(draw_before(chosen))
+        return statistic(draw_after(other)) / below if below else np.nan
 
     found = bootstrap(
         (np.arange(len(before)), np.arange(len(after))),
@@ -173,6 +174,13 @@ def interval(
         rng=np.random.default_rng(SEED),
     ).confidence_interval
     return float(found.low), float(found.high)
+
+
+def _drawing(arrays: Sequence[Array]) -> Callable[[Array], Array]:
+    if all(len(array) == 1 for array in arrays):
+        joined = np.concatenate(arrays)
+        return lambda chosen: joined[chosen.astype(np.intp)]
+    return lambda chosen: np.concatenate([arrays[i] for i in chosen.astype(np.intp)])
 
 
 def compare(before: Results, after: Results, *, allow: Sequence[str] = ()) -> list[Difference]:

@@ -17,6 +17,7 @@ from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
 from locust.exception import StopUser
 
+from loadtest.page import extend
 from loadtest.profiles import ProfileError
 from loadtest.replay import ReplayError
 from loadtest.session import Session
@@ -55,6 +56,8 @@ def _init(environment: Environment, **_: Any) -> None:
         sys.exit(f"loadtest: error: {error}")
     if isinstance(environment.shape_class, Traffic):
         environment.shape_class.session = session
+    if environment.web_ui:
+        extend(environment.web_ui, session)
 
 
 @events.test_start.add_listener

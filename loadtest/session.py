@@ -14,16 +14,17 @@ from urllib.parse import urlsplit
 import gevent
 import psutil
 from locust.env import Environment
-from locust.runners import MasterRunner, WorkerRunner
+from locust.runners import STATE_MISSING, MasterRunner, WorkerRunner
 
 from loadtest import profiles
 from loadtest.client import Client
 from loadtest.lag import LagMonitor
 from loadtest.load import Load
+from loadtest.page import Live
 from loadtest.profiles import Profile, ProfileError
 from loadtest.prompts import Mix, Sizing
 from loadtest.records import Record, RecordError, Run, Sample
-from loadtest.report import summary, write
+from loadtest.report import html, summary, write
 from loadtest.results import Results
 from loadtest.sinks import MESSAGE, Collector, Sink, ToMaster, file_of
 from loadtest.slo import Slo, SloError
@@ -46,7 +47,7 @@ class Session:
     Attributes:
         load: What is being sent; None on a master, and before a run.
         profile: Of the run, or the one that the command line names.
-        results: Of the last run; None on a worker, and before.
+        live: What a master or single process has seen of the run so far.
 
     Raises:
         ProfileError: The command line names a profile that cannot be run.
@@ -55,7 +56,7 @@ class Session:
 
     def __init__(self, environment: Environment) -> None:
         self.load: Load | None = None
-        self.results: Results | None = None
+        self.live = Live()
         self._environment = environment
         self._options: Any = environment.parsed_options
         self.profile, self._slo = self._read()
@@ -110,6 +111,7 @@ class Session:
             # Beside the option: Locust's page may start several runs, and keeps what the option was.
             self._options.run = self._options.run_name or _name(self.profile)
             self._folder = Path(self._options.records) / self._options.run
+            self.live = Live()
             self._options.sources = getattr(runner, "worker_count", 1)
             if self.profile.traffic.search and self._options.sources > 1:
                 raise ProfileError(
@@ -118,7 +120,7 @@ class Session:
             if self._folder.exists() and any(self._folder.iterdir()):
                 raise ProfileError(f"{self._folder}: holds a run already; choose another --run-name or --records")
             if self.is_master:
-                self._collector = Collector(Path(self._options.records))
+                self._collector = Collector(Path(self._options.records), self.live)
             else:
                 self._begin(0)
         # Locust logs what a listener raises and goes on without it.
@@ -132,7 +134,7 @@ class Session:
         if isinstance(runner, WorkerRunner):
             runner.send_message(MESSAGE, {"error": error})
         elif self.is_master:
-            self._collector = self._collector or Collector(Path(self._options.records))
+            self._collector = self._collector or Collector(Path(self._options.records), self.live)
             self._collector.error = error
 
     def _begin(self, source: int) -> None:
@@ -213,8 +215,12 @@ class Session:
             self._collector = None
 
     def _collect(self, collector: Collector) -> None:
+        assert self._environment.runner
+        # At Ctrl-C Locust tells workers to quit only after this.
+        for node in collector.sources - collector.done:
+            self._environment.runner.send_message("stop", client_id=node)
         with suppress(_TookTooLong), gevent.Timeout(COLLECT_S, _TookTooLong):
-            while not collector.sources <= collector.done:
+            while collector.sources & self._present() - collector.done:
                 gevent.sleep(0.05)
         collector.close()
         if collector.error:
@@ -222,17 +228,29 @@ class Session:
         elif collector.sources:
             self._conclude()
 
+    def _present(self) -> set[str]:
+        """Workers that have not gone missing."""
+        clients = getattr(self._environment.runner, "clients", {})
+        return {node for node, client in clients.items() if client.state != STATE_MISSING}
+
     def _conclude(self) -> None:
         assert self._folder
         try:
-            self.results = Results.read(self._folder, self._slo)
-            page = write(self._folder, self.results)
+            results = Results.read(self._folder, self._slo)
+            page = write(self._folder, results)
         except (RecordError, OSError) as error:
             self._give_up(str(error))
             return
-        sys.stdout.write("\n".join([*summary(self.results), f"report: {page}", ""]))
+        sys.stdout.write("\n".join([*summary(results), f"report: {page}", ""]))
         sys.stdout.flush()
-        self._environment.process_exit_code = BROKEN if self.results.failed else KEPT
+        self._environment.process_exit_code = BROKEN if results.failed else KEPT
+
+    def page(self) -> str | None:
+        """The report of the run so far, or of the last one; None if there is none."""
+        try:
+            return html(Results.read(self._folder, self._slo)) if self._folder else None
+        except RecordError:
+            return None
 
     def _receive(self, msg: Any, **_: Any) -> None:
         if self._collector is None:
@@ -248,6 +266,7 @@ class Session:
     def take(self, record: Record) -> None:
         """Writes a record down, and shows it in Locust's statistics unless it is of the warm-up."""
         self._emit(record)
+        self.live.add(record)
         if record.warm_up:
             return
         self._done += 1

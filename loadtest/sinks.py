@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import gevent
 from locust.runners import WorkerRunner
 
+from loadtest.page import Live
 from loadtest.records import Record, Run, Sample, Writer, record_of, run_of, sample_of
 
 MESSAGE = "loadtest"
@@ -83,17 +84,17 @@ class ToMaster:
 
 
 class Collector:
-    """The master's side: writes what the workers send, a file for each.
+    """The master's side: writes what the workers send, a file for each, and shows it.
 
     Attributes:
         done: Workers that have sent everything, by node.
         error: What a worker could not start for; None if all did.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, live: Live) -> None:
         self.done: set[str] = set()
         self.error: str | None = None
-        self._folder, self._files = folder, dict[str, File]()
+        self._folder, self._live, self._files = folder, live, dict[str, File]()
 
     @property
     def sources(self) -> set[str]:
@@ -112,7 +113,10 @@ class Collector:
         if node not in self._files:
             self._files[node] = file_of(self._folder, run_of(data["run"]))
         for line in data["lines"]:
-            self._files[node].write(record_of(line) if "outcome" in line else sample_of(line))
+            made = record_of(line) if "outcome" in line else sample_of(line)
+            self._files[node].write(made)
+            if isinstance(made, Record):
+                self._live.add(made)
         if data["done"]:
             self.done.add(node)
 

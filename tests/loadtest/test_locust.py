@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from loadtest import records
+import pytest
 
+from loadtest import records
+from loadtest.shapes import Stage, arrivals
+
+ROOT = Path(__file__).parents[2]
+LOCUST = [sys.executable, "-m", "locust", "-f", "loadtest/locustfile.py"]
 PROFILE = """description = "d"
 [traffic]
 kind = "{kind}"
@@ -22,7 +34,7 @@ kind = "sum"
 
 
 def command(server: str, folder: Path, model: str, *options: str) -> list[str]:
-    start = [sys.executable, "-m", "locust", "-f", "loadtest/locustfile.py", "--host", server, "--model", model]
+    start = [*LOCUST, "--host", server, "--model", model]
     return [*start, "--load-profile", str(folder / "p.toml"), "--records", str(folder), "--run-name", "run", *options]
 
 
@@ -31,8 +43,7 @@ def write(folder: Path, kind: str, level: str, seconds: int) -> None:
 
 
 def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    root = Path(__file__).parents[2]
-    return subprocess.run(arguments, cwd=root, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
 
 
 def test_a_run_ends_by_itself_with_all_records_and_rows_for_each_metric(server: str, tmp_path: Path) -> None:
@@ -40,7 +51,8 @@ def test_a_run_ends_by_itself_with_all_records_and_rows_for_each_metric(server: 
     done = run(command(server, tmp_path, "plain", "--headless", "--only-summary"))
     assert done.returncode == 0, done.stderr
     assert {line.split()[0] for line in done.stderr.splitlines() if " sum " in line} == {"e2e", "TTFT", "ITL", "tok/s"}
-    head, found = records.read(tmp_path / "run" / "records-0.jsonl")
+    log = records.read(tmp_path / "run" / "records-0.jsonl")
+    head, found = log.run, log.records
     assert (head.model, head.max_model_len) == ("plain", 4096)
     assert {record.stage for record in found} == {"warm-up", "rate 20"}
     measured = [record for record in found if not record.warm_up]
@@ -58,11 +70,11 @@ def test_failures_are_counted_by_class_and_make_the_exit_code(server: str, tmp_p
 
 def test_ctrl_c_ends_at_once_and_keeps_what_was_recorded(server: str, tmp_path: Path) -> None:
     write(tmp_path, "closed", "users = 2", 600)
-    path, root = tmp_path / "run" / "records-0.jsonl", Path(__file__).parents[2]
+    path = tmp_path / "run" / "records-0.jsonl"
     arguments = command(server, tmp_path, "schedule", "--headless", "--only-summary")
-    with subprocess.Popen(arguments, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 60
-        while not (path.exists() and len(records.read(path)[1]) >= 2) and time.monotonic() < deadline:
+        while not (path.exists() and len(records.read(path).records) >= 2) and time.monotonic() < deadline:
             try:
                 process.wait(0.1)
             except subprocess.TimeoutExpired:
@@ -70,7 +82,130 @@ def test_ctrl_c_ends_at_once_and_keeps_what_was_recorded(server: str, tmp_path: 
             break
         process.send_signal(signal.SIGINT)
         process.wait(10)
-    assert len(records.read(path)[1]) >= 2
+    assert len(records.read(path).records) >= 2
+
+
+@contextmanager
+def started(arguments: list[str]) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        out, err = process.communicate()
+        sys.stdout.write(f"{arguments[4:]}: {process.returncode}\n{out}{err}")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+        return port
+
+
+def distributed(server: str, folder: Path, model: str, *options: str) -> tuple[list[str], list[str]]:
+    """Commands of a master and of its workers, which are told nothing but where the master is."""
+    port = str(free_port())
+    master = [*command(server, folder, model, "--headless", "--only-summary", *options), "--master"]
+    master += ["--expect-workers", "2", "--master-bind-host", "127.0.0.1", "--master-bind-port", port]
+    worker = [*LOCUST, "--worker", "--master-host", "127.0.0.1", "--master-port", port]
+    return master, worker
+
+
+@pytest.mark.slow
+def test_two_workers_share_the_rate_and_the_master_reports_for_both(server: str, tmp_path: Path) -> None:
+    write(tmp_path, "open", "rate = 20", 4)
+    master, worker = distributed(server, tmp_path, "plain", "--slo", "ttft_s=2,failures=0")
+    with started(worker) as one, started(worker) as two:
+        done = run(master)
+        assert done.returncode == 0, done.stderr
+        assert [one.wait(20), two.wait(20)] == [0, 0]
+    logs = records.read_all(tmp_path / "run")
+    assert [log.run.source for log in logs] == [0, 1]
+    assert {log.run.sources for log in logs} == {2}
+    due = sum(len(list(arrivals([Stage(1, rate=20, warm_up=True), Stage(4, rate=20)], 0, i, 2))) for i in (0, 1))
+    assert sum(len(log.records) for log in logs) == due
+    assert all(log.records for log in logs)
+    assert any(sample.of == "client" for log in logs for sample in log.samples)
+    assert "SLO ttft_s=2,failures=0,percentile=90: kept" in done.stdout
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_what_a_worker_that_is_killed_had_sent_is_kept_and_its_loss_ends_in_the_report(
+    server: str, tmp_path: Path
+) -> None:
+    write(tmp_path, "closed", "users = 4", 600)
+    master, worker = distributed(server, tmp_path, "schedule")
+    with started(worker) as one, started(worker), started(master) as leader:
+        lost = tmp_path / "run"
+        wait_for(lambda: sum(len(log.records) for log in read_logs(lost)) >= 8 and len(read_logs(lost)) == 2)
+        one.kill()
+        kept = len(records.read_all(lost)[0].records), len(records.read_all(lost)[1].records)
+        leader.send_signal(signal.SIGINT)
+        assert leader.wait(60) is not None
+    after = [len(log.records) for log in records.read_all(lost)]
+    assert all(now >= before for now, before in zip(after, kept, strict=True))
+    assert (lost / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_a_worker_that_cannot_begin_ends_the_run_with_its_reason(server: str, tmp_path: Path) -> None:
+    write(tmp_path, "closed", "users = 2", 600)
+    master, worker = distributed(server, tmp_path, "nothing")
+    with started(worker), started(worker):
+        done = run(master)
+    assert done.returncode == 2
+    assert "/v1/models lists plain" in done.stderr
+
+
+@pytest.mark.slow
+def test_locusts_own_page_starts_a_run_and_shows_the_metrics_of_language_models(server: str, tmp_path: Path) -> None:
+    write(tmp_path, "open", "rate = 20", 3)
+    port = free_port()
+    page = f"http://127.0.0.1:{port}"
+
+    def get(path: str, data: bytes | None = None) -> str:
+        with urllib.request.urlopen(page + path, data, timeout=30) as answer:
+            text: str = answer.read().decode()
+            return text
+
+    def answers() -> bool:
+        with suppress(OSError):
+            return bool(get("/"))
+        return False
+
+    options = command(server, tmp_path, "plain", "--web-host", "127.0.0.1", "--web-port", str(port))
+    with started(options) as process:
+        wait_for(answers)
+        assert "Language model" in get("/")
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            get("/report")
+        # The form's own field: a second run must not be told that the first one's folder is taken.
+        for name in ("first", "second"):
+            form = urllib.parse.urlencode({"user_count": 1, "spawn_rate": 1, "host": server, "run_name": name})
+            assert json.loads(get("/swarm", form.encode()))["success"]
+            wait_for(lambda: json.loads(get("/stats/requests"))["state"] == "stopped")
+            stats = json.loads(get("/stats/requests"))
+            assert {row["method"] for row in stats["stats"]} >= {"e2e", "TTFT", "ITL", "tok/s"}
+            [table] = stats["extended_stats"]
+            assert [row["name"] for row in table["data"]] == ["sum", "all"]
+            assert table["data"][1]["ttft_50"] > 0
+            assert "Latencies, in milliseconds" in get("/report")
+            assert (tmp_path / name / "report.html").is_file()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+
+
+def read_logs(folder: Path) -> list[records.Log]:
+    return records.read_all(folder) if list(folder.glob("records-*.jsonl")) else []
+
+
+def wait_for(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline, "not within a minute"
+        time.sleep(0.1)
 
 
 def test_a_server_without_the_model_is_told_in_one_line(server: str, tmp_path: Path) -> None:

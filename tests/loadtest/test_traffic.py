@@ -13,9 +13,9 @@ from loadtest.client import Client
 from loadtest.load import Load
 from loadtest.profiles import ProfileError
 from loadtest.prompts import LANGUAGES, Message, Mix, Prompt, Sizing, needle_prompt
-from loadtest.records import Outcome, Record, RecordError, Run, Writer
+from loadtest.records import Log, Outcome, Record, RecordError, Run, Sample, Writer
 from loadtest.replay import ReplayError, read_prompts
-from loadtest.shapes import Climb, Search, Slo, Stage, arrivals
+from loadtest.shapes import Climb, Search, Stage, arrivals
 from loadtest.sse import Events
 
 SIZING = Sizing(2.5, 4096, measured=True)
@@ -93,23 +93,13 @@ def test_arrivals_keep_their_rate_are_seeded_and_split_over_sources() -> None:
 
 
 def test_a_search_names_the_largest_rate_that_held() -> None:
-    climb = Climb(Search(1, 2, 100, 3, 60, 0, Slo()))
+    climb = Climb(Search(1, 2, 100, 3, 60, 0))
     tried = []
     while (rate := climb.next_rate()) is not None:
         tried.append(rate)
         climb.tell(rate, held=rate <= 5.2)
     assert tried == [1, 2, 4, 8, 6, 5, 5.5]
     assert (climb.held, climb.broke) == (5, 5.5)
-
-
-def test_an_slo_says_what_broke_it() -> None:
-    def record(outcome: Outcome, ttft: float) -> Record:
-        return Record("1", "rate 1", False, "sum", "en", "chat", None, 0.0, outcome, ttft_s=ttft)
-
-    good = [record(Outcome.OK, 0.1)] * 9
-    assert not Slo(ttft_s=0.2).broken([*good, record(Outcome.OK, 9.0)])
-    assert Slo(ttft_s=0.2, percentile=95).broken([*good, record(Outcome.OK, 9.0)])[0].startswith("TTFT p95 9.000 s")
-    assert Slo().broken([*good, record(Outcome.SHED, 0)]) == ["10.0% failed, 0.0% allowed"]
 
 
 def test_slow_answers_do_not_close_the_open_loop_and_its_bound_is_told(server: str, tmp_path: Path) -> None:
@@ -186,13 +176,15 @@ def test_records_come_back_as_they_were_written_and_a_torn_last_line_is_left_out
     path = tmp_path / "run" / "records-0.jsonl"
     run = Run("r", 1.0, "http://h", "m", {"a": 1}, 4096)
     record = Record("1", "rate 1", False, "sum", "ja", "chat", True, 2.5, Outcome.CUT, gaps_s=(0.1,), gap_tokens=(2,))
+    sample = Sample(3.0, "server", {"running": 2.0})
     with Writer(path, run) as writer:
         writer.write(record)
+        writer.write(sample)
         # Read while it is open: nothing waits in a buffer.
-        assert records.read(path) == (run, [record])
+        assert records.read(path) == Log(run, [record], [sample])
     with path.open("a") as file:
         file.write('{"version":1,"type":"requ')
-    assert records.read(path) == (run, [record])
+    assert records.read(path) == Log(run, [record], [sample])
     path.write_text(path.read_text().replace('"version":1', '"version":9'))
     with pytest.raises(RecordError, match=":1: version 9"):
         records.read(path)
