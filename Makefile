@@ -35,13 +35,20 @@ demo: .venv/.runtime
 demo-model: .venv/.runtime
 	$(BIN)/python plugin/demo/make_model.py
 
-## loadtest  load the server at HOST as loadtest/profiles/PROFILE.toml says; LOCUST= for Locust's web UI on port 8089
+## loadtest  load the server at HOST as loadtest/profiles/PROFILE.toml says, judged by SLO; LOCUST= for Locust's page
 HOST ?= http://127.0.0.1:8001
 PROFILE ?= smoke
+SLO ?=
 LOCUST ?= --headless --only-summary
 .PHONY: loadtest
 loadtest: .venv/.dev
-	@$(BIN)/python -m locust --locustfile loadtest/locustfile.py --host '$(HOST)' --load-profile '$(PROFILE)' $(LOCUST)
+	@$(BIN)/python -m locust --locustfile loadtest/locustfile.py --host '$(HOST)' --load-profile '$(PROFILE)' \
+	  --slo '$(SLO)' $(LOCUST)
+
+## demo-load  serve the demo model, load it for a minute (PROFILE=smoke) and open the report
+.PHONY: demo-load
+demo-load: .venv/.dev
+	@$(BIN)/python -m loadtest.demo '$(DEMO)' --load-profile '$(PROFILE)' --slo '$(SLO)'
 
 ## test    run all tests
 .PHONY: test

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
@@ -171,11 +171,16 @@ class Sample:
 
 @dataclass(frozen=True)
 class Log:
-    """What one process wrote down."""
+    """What one process wrote down.
+
+    Attributes:
+        complete: It came to its end in order.
+    """
 
     run: Run
     records: list[Record]
     samples: list[Sample]
+    complete: bool = False
 
 
 class RecordError(ValueError):
@@ -198,8 +203,10 @@ class Writer:
         text = json.dumps({"version": VERSION, **line}, ensure_ascii=False, separators=(",", ":"), default=str)
         self._file.write(text + "\n")
 
-    def close(self) -> None:
-        """Closes the file; a second time does nothing."""
+    def close(self, *, complete: bool = True) -> None:
+        """Closes the file, and says in it whether all that was to come has come; a second time does nothing."""
+        if complete and not self._file.closed:
+            self._write({"type": "end"})
         self._file.close()
 
     def __enter__(self) -> Self:
@@ -227,6 +234,8 @@ def read(path: Path) -> Log:
                 log.records.append(record_of(found))
             elif kind == "sample" and log is not None:
                 log.samples.append(sample_of(found))
+            elif kind == "end" and log is not None:
+                log = replace(log, complete=True)
             else:
                 raise RecordError(
                     f"{path}:{number}: a line of type `{kind}` where none belongs; leave the file as written"

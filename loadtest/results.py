@@ -245,6 +245,11 @@ def _warnings(logs: Sequence[Log], measured: Sequence[Record]) -> list[str]:
         found.append("no request ended outside the warm-up: run it longer, or look at the log of the load test")
     if missing := sorted(set(range(logs[0].run.sources)) - {log.run.source for log in logs}):
         found.append(f"nothing came from worker {', '.join(map(str, missing))}: what it sent is not in these results")
+    if lost := [log.run.source for log in logs if not log.complete]:
+        found.append(
+            f"worker {', '.join(map(str, lost))} did not come to its end: requests that it had under way, or had not"
+            " yet reported, are not in these results"
+        )
     lags = Distribution(record.client_lag_s for record in measured if record.client_lag_s is not None)
     if lags and lags.percentile(90) > LAG_S:
         found.append(

@@ -121,6 +121,6 @@ class Collector:
             self.done.add(node)
 
     def close(self) -> None:
-        """Closes the files."""
-        for file in self._files.values():
-            file.close()
+        """Closes the files; those of workers that are not done remain incomplete."""
+        for node, file in self._files.items():
+            file.close(complete=node in self.done)

@@ -68,7 +68,7 @@ def test_failures_are_counted_by_class_and_make_the_exit_code(server: str, tmp_p
     assert "no_done" in done.stderr
 
 
-def test_ctrl_c_ends_at_once_and_keeps_what_was_recorded(server: str, tmp_path: Path) -> None:
+def test_ctrl_c_ends_at_once_and_reports_what_was_recorded(server: str, tmp_path: Path) -> None:
     write(tmp_path, "closed", "users = 2", 600)
     path = tmp_path / "run" / "records-0.jsonl"
     arguments = command(server, tmp_path, "schedule", "--headless", "--only-summary")
@@ -82,7 +82,10 @@ def test_ctrl_c_ends_at_once_and_keeps_what_was_recorded(server: str, tmp_path: 
             break
         process.send_signal(signal.SIGINT)
         process.wait(10)
-    assert len(records.read(path).records) >= 2
+    log = records.read(path)
+    assert len(log.records) >= 2
+    assert log.complete
+    assert (tmp_path / "run" / "report.html").is_file()
 
 
 @contextmanager
@@ -144,6 +147,8 @@ def test_what_a_worker_that_is_killed_had_sent_is_kept_and_its_loss_ends_in_the_
         kept = len(records.read_all(lost)[0].records), len(records.read_all(lost)[1].records)
         leader.send_signal(signal.SIGINT)
         assert leader.wait(60) is not None
+    [lost_one] = [log.run.source for log in records.read_all(lost) if not log.complete]
+    assert f"worker {lost_one} did not come to its end" in (lost / "report.html").read_text()
     after = [len(log.records) for log in records.read_all(lost)]
     assert all(now >= before for now, before in zip(after, kept, strict=True))
     assert (lost / "report.html").is_file()
