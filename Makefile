@@ -117,13 +117,14 @@ export BIN PODMAN PODMAN_BUILD PODMAN_RUN BASE IMAGES IMAGE_TAG
 image-base:
 	images/base $(LOCAL_BASE)
 
-## image   build the images serve-cpu and ops, and test them in containers
+## image   build the images serve-cpu, ops and loadtest, and test them in containers
 .PHONY: image
 image: .venv/.dev
 	index='$(TORCH_INDEX)'; $(FINDS_TORCH) && index=; \
 	images/build serve-cpu $(IMAGES)/serve-cpu:$(IMAGE_TAG) --build-arg "TORCH_INDEX=$$index"
 	images/build ops $(IMAGES)/ops:$(IMAGE_TAG)
-	$(BIN)/pytest -m system tests/images/test_serve_cpu.py tests/images/test_ops.py
+	images/build loadtest $(IMAGES)/loadtest:$(IMAGE_TAG)
+	$(BIN)/pytest -m system tests/images/test_serve_cpu.py tests/images/test_ops.py tests/images/test_loadtest.py
 
 ## test-system  checkov on the chart, and what needs Debian's podman, runc and prometheus: images in containers, monitoring
 .PHONY: test-system
@@ -157,7 +158,7 @@ test-kube: .venv/.dev
 	images/build demo-model $(IMAGES)/demo-model:$(IMAGE_TAG)
 	$(KUBE_UP)
 	scratch=$$(mktemp -d -p /var/tmp); trap 'rm -rf "$$scratch"' EXIT; \
-	for name in serve-cpu ops demo-model; do \
+	for name in serve-cpu ops loadtest demo-model; do \
 	  $(PODMAN) save --quiet --format oci-archive --output "$$scratch/$$name.tar" $(IMAGES)/$$name:$(IMAGE_TAG); \
 	  $(KUBE_LOAD) "$$scratch/$$name.tar"; rm "$$scratch/$$name.tar"; \
 	done

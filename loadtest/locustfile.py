@@ -7,8 +7,10 @@ two digits; the records do not.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import gevent
@@ -17,6 +19,7 @@ from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
 from locust.exception import StopUser
 
+from loadtest import handover
 from loadtest.page import extend
 from loadtest.profiles import ProfileError
 from loadtest.replay import ReplayError
@@ -24,6 +27,8 @@ from loadtest.session import Session
 from loadtest.slo import SloError
 
 _sessions: dict[Environment, Session] = {}
+LOCK = "LOADTEST_LOCK"
+"""Variable of the file that `loadtest.handover` waits at."""
 GRACE_S = 30.0
 """A master waits so much longer than a request may take for workers that do not say that they are done."""
 
@@ -42,6 +47,8 @@ def _arguments(parser: LocustArgumentParser, **_: Any) -> None:
     group.add_argument("--slo", default="", env_var="LOADTEST_SLO", help=slo_help)
     metrics_help = "of the server, sampled beside; default: /metrics of --host; `none`: nothing is"
     group.add_argument("--metrics-url", default="", env_var="LOADTEST_METRICS_URL", help=metrics_help)
+    wait_help = "seconds for the server to state its model; a cluster may still be starting it"
+    group.add_argument("--wait-s", type=float, default=0.0, env_var="LOADTEST_WAIT_S", help=wait_help)
     pid_help = "process of this machine whose memory is watched, children included: the server's"
     group.add_argument("--watch-pid", type=int, default=0, env_var="LOADTEST_WATCH_PID", help=pid_help)
     host_help = "name to ask for, where --host is an ingress's address"
@@ -50,6 +57,8 @@ def _arguments(parser: LocustArgumentParser, **_: Any) -> None:
 
 @events.init.add_listener
 def _init(environment: Environment, **_: Any) -> None:
+    if lock := os.environ.get(LOCK):
+        handover.hold(Path(lock))
     try:
         session = _sessions[environment] = Session(environment)
     except (ProfileError, ReplayError, SloError) as error:

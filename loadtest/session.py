@@ -119,6 +119,8 @@ class Session:
                 )
             if self._folder.exists() and any(self._folder.iterdir()):
                 raise ProfileError(f"{self._folder}: holds a run already; choose another --run-name or --records")
+            if self._options.wait_s:
+                self._await_server()
             if self.is_master:
                 self._collector = Collector(Path(self._options.records), self.live)
             else:
@@ -183,6 +185,17 @@ class Session:
             )
         client.model = chosen["id"]
         return client, self.profile.cap or chosen.get("max_model_len")
+
+    def _await_server(self) -> None:
+        deadline = time.monotonic() + self._options.wait_s
+        while True:
+            try:
+                self._server()
+                return
+            except ProfileError:
+                if time.monotonic() > deadline:
+                    raise
+            gevent.sleep(LOOK_S)
 
     def _metrics(self, client: Client) -> tuple[Client, str] | None:
         """Where the server's metrics are."""

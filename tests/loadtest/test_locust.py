@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from loadtest import records
+from loadtest import handover, records
 from loadtest.shapes import Stage, arrivals
 
 ROOT = Path(__file__).parents[2]
@@ -96,7 +96,7 @@ def started(arguments: list[str]) -> Iterator[subprocess.Popen[str]]:
     finally:
         if process.poll() is None:
             process.kill()
-        out, err = process.communicate()
+        out, err = process.communicate() if process.stdout and not process.stdout.closed else ("", "")
         sys.stdout.write(f"{arguments[4:]}: {process.returncode}\n{out}{err}")
 
 
@@ -226,3 +226,27 @@ def test_a_profile_that_is_not_there_is_told_in_one_line(server: str, tmp_path: 
     assert done.returncode != 0
     assert "no such profile" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_page_is_handed_over_once_its_load_test_is_gone_however_it_went(tmp_path: Path) -> None:
+    lock, page = tmp_path / "lock", tmp_path / "report.html"
+    holder = (
+        "import time; from pathlib import Path; from loadtest import handover;"
+        f" handover.hold(Path({str(lock)!r})); time.sleep(600)"
+    )
+    waiter = [sys.executable, "-m", "loadtest.handover", str(lock), str(page)]
+    with started(waiter) as waiting, started([sys.executable, "-c", holder]) as held:
+        wait_for(lock.exists)
+        page.write_text("<!doctype html>")
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting.wait(0.5)
+        held.kill()
+        out, err = waiting.communicate(timeout=20)
+        assert (out, err, waiting.returncode) == ("<!doctype html>", "", 0)
+    with started([*waiter[:-1], str(tmp_path / "none.html")]) as waiting:
+        assert waiting.wait(20) == 1
+
+
+def test_a_load_test_that_never_began_is_not_waited_for_without_end(tmp_path: Path) -> None:
+    with pytest.raises(TimeoutError, match=r"no load test began within 0\.1 s"):
+        handover.wait(tmp_path / "lock", 0.1)
