@@ -92,8 +92,14 @@ lock: .venv/.dev
 	$(LOCK) plugin/pyproject.toml --extra cuda --override $(LOCKS)/cuda-overrides.txt --constraint <(sed -n \
 	  '/^torch==\|^apache-tvm-ffi==/d; s/^\([a-z].*==[^ ]*\) .*/\1/p' $(LOCKS)/{cpu,kernels}.txt) -o $(LOCKS)/cuda.txt
 	$(LOCK) --group pyproject.toml:loadtest --constraint $(LOCKS)/dev.txt -o loadtest/locks/loadtest.txt
+	$(LOCK) --group pyproject.toml:crosscheck --constraint <(sed -n '/^click==\|^torch==/d; s/^\([a-z][^ ]*==[^ ]*\) .*/\1/p' $(LOCKS)/{cpu,dev}.txt) \
+	  --override <(echo 'torch ; sys_platform == "never"') $(addprefix --no-emit-package ,$(filter-out click,$(IN_VENV))) \
+	  -o loadtest/locks/crosscheck.txt
 	$(LOCK) --group pyproject.toml:images --constraint $(LOCKS)/cpu.txt -o images/locks/tools.txt
 	$(LOCK) --group pyproject.toml:checkov -o charts/locks/checkov.txt
+
+# Packages of .venv, which folders on top of it leave out.
+IN_VENV = $(shell sed -n 's/^\([a-z][a-z0-9-]*\)==.*/\1/p' $(LOCKS)/cpu.txt $(LOCKS)/dev.txt)
 
 # Debian 12 has glibc 2.36. LOCK_TORCH says where uv finds the CPU build of torch: uv reads none of pip's configuration.
 LOCK_TORCH ?= --torch-backend cpu
@@ -126,10 +132,10 @@ image: .venv/.dev
 	images/build loadtest $(IMAGES)/loadtest:$(IMAGE_TAG)
 	$(BIN)/pytest -m system tests/images/test_serve_cpu.py tests/images/test_ops.py tests/images/test_loadtest.py
 
-## test-system  checkov on the chart, and what needs Debian's podman, runc and prometheus: images in containers, monitoring
+## test-system  what needs Debian's podman, runc and prometheus, or other tools: images, monitoring, load tests, checkov
 .PHONY: test-system
-test-system: .venv-checkov/.done image
-	$(BIN)/pytest -m system tests/monitoring
+test-system: .venv-checkov/.done .venv-crosscheck/.done image
+	$(BIN)/pytest -m system tests/monitoring tests/loadtest
 	scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; \
 	for example in pvc download cpu-demo; do \
 	  $(BIN)/helm template glm charts/vqserve --values charts/vqserve/ci/$$example-values.yaml >"$$scratch/$$example.yaml"; \
@@ -176,7 +182,7 @@ SERVE_BUILD ?=
 ## clean   remove .venv and every cache
 .PHONY: clean
 clean:
-	rm -rf .venv .venv-kernels .venv-checkov .hypothesis
+	rm -rf .venv .venv-kernels .venv-checkov .venv-crosscheck .hypothesis
 	find plugin ops charts loadtest tests -depth \( -name __pycache__ -o -name '*.egg-info' -o -path plugin/build -o -path ops/build \) -exec rm -rf {} +
 
 $(BIN)/python:
@@ -197,11 +203,12 @@ $(BIN)/python:
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e ops
 	@touch $@
 
-# On top of .venv, not in it: vLLM takes triton on a CPU for triton-cpu (plugin/locks/overrides.txt).
+# On top of .venv, not in it: vLLM takes triton on a CPU for triton-cpu (plugin/locks/overrides.txt), and guidellm wants
+# an older click.
+ON_TOP = rm -rf $(@D); $(BIN)/python -m venv $(@D); site=lib/python3.11/site-packages; \
+	echo "import site; site.addsitedir('$(CURDIR)/.venv/$$site')" >$(@D)/$$site/below.pth; \
+	$(INSTALL:$(BIN)/%=$(@D)/bin/%) -r $<; touch $@
 .venv-kernels/.done: $(LOCKS)/kernels.txt .venv/.dev
-	@rm -rf $(@D)
-	@$(BIN)/python -m venv $(@D)
-	@site=lib/python3.11/site-packages; \
-	echo "import site; site.addsitedir('$(CURDIR)/.venv/$$site')" >$(@D)/$$site/below.pth
-	@$(INSTALL:$(BIN)/%=$(@D)/bin/%) -r $<
-	@touch $@
+	@$(ON_TOP)
+.venv-crosscheck/.done: loadtest/locks/crosscheck.txt .venv/.dev
+	@$(ON_TOP)

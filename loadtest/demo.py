@@ -26,15 +26,15 @@ class DemoError(RuntimeError):
 
 
 @contextmanager
-def serving(model: Path, log: Path) -> Iterator[tuple[str, int]]:
-    """Serves a model on a free port until left; its address and process.
+def serving(model: Path, log: Path, *more: str) -> Iterator[tuple[str, int]]:
+    """Serves a model on a free port, with `more` options, until left; its address and process.
 
     Raises:
         DemoError: It ended, or was not ready in time.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("vqserve")), "serve", str(model), "--port", str(port)]
+    command = [str(Path(sys.executable).with_name("vqserve")), "serve", str(model), "--port", str(port), *more]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         # A group of its own: Ctrl-C is for the load test, which then reports; the server is ended afterwards.
