@@ -1,4 +1,4 @@
-"""What others measure of the same server with the same traffic: `vllm bench serve` and guidellm, side by side with us."""
+"""What others measure of the same server with the same traffic: `vllm bench serve` and guidellm beside ours."""
 
 from __future__ import annotations
 
