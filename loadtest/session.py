@@ -167,7 +167,7 @@ class Session:
         logger.info("profile %s, model %s, cap %s; records: %s", profile.name, client.model, cap, self._folder)
         self._users = self._done = self._failed = 0
         self.load = Load(profile, client, mix, self.take, slo=self._slo, source=source % sources, sources=sources)
-        # What is there now stays: a collection that looks at all modules keeps greenlets waiting for tens of milliseconds.
+        # What is there stays: a collection that looks at all modules keeps greenlets waiting for tens of milliseconds.
         gc.collect()
         gc.freeze()
         self._lag.start()
