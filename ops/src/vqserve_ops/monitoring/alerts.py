@@ -6,10 +6,10 @@ DCGM exporter (`DCGM_`). Where one of these is missing, its alerts stay silent; 
 
 from __future__ import annotations
 
-from vqserve_ops.monitoring.rules import ENGINE, PODS, SCOPE, Alert, Group, Recording
+from vqserve_ops.monitoring.promql import exported
+from vqserve_ops.monitoring.rules import ENGINE, PODS, SCOPE, SUM_BY_RELEASE, Alert, Group, Recording
 
 _POD = "max by (namespace, service, pod)"
-_RELEASE = "sum by (namespace, service)"
 _HERE = "{{ $labels.namespace }}/{{ $labels.pod }}"
 _SERVICE = "{{ $labels.namespace }}/{{ $labels.service }}"
 
@@ -50,7 +50,7 @@ SERVER = [
 ]
 
 LOAD: list[Recording | Alert] = [
-    Recording("vqserve:requests_waiting:sum", f"{_RELEASE} (vllm:num_requests_waiting{{{SCOPE}}})"),
+    Recording("vqserve:requests_waiting:sum", f"{SUM_BY_RELEASE} (vllm:num_requests_waiting{{{SCOPE}}})"),
     Alert(
         name="VqserveQueueGrowing",
         expr=(
@@ -79,9 +79,9 @@ LOAD: list[Recording | Alert] = [
     Alert(
         name="VqservePreemptions",
         expr=(
-            f"(\n  {_RELEASE} (increase(vllm:num_preemptions_total{{{SCOPE}}}[30m]))\n"
-            f"  / {_RELEASE} (increase(vllm:request_success_total{{{SCOPE}}}[30m])) > 0.1\n)\n"
-            f"and {_RELEASE} (increase(vllm:num_preemptions_total{{{SCOPE}}}[30m])) > 5"
+            f"(\n  {SUM_BY_RELEASE} (increase(vllm:num_preemptions_total{{{SCOPE}}}[30m]))\n"
+            f"  / {SUM_BY_RELEASE} (increase(vllm:request_success_total{{{SCOPE}}}[30m])) > 0.1\n)\n"
+            f"and {SUM_BY_RELEASE} (increase(vllm:num_preemptions_total{{{SCOPE}}}[30m])) > 5"
         ),
         after="15m",
         severity="warning",
@@ -94,11 +94,11 @@ LOAD: list[Recording | Alert] = [
     Alert(
         name="VqserveRequestsOverCap",
         expr=(
-            f'(\n  {_RELEASE} (increase(vqserve_refused_requests_total{{{SCOPE},cause="context_limit"}}[1h]))\n'
-            f"  / (\n    {_RELEASE} (increase(vqserve_finished_requests_total{{{SCOPE}}}[1h]))\n"
-            f'    + {_RELEASE} (increase(vqserve_refused_requests_total{{{SCOPE},cause="context_limit"}}[1h]))\n'
+            f'(\n  {SUM_BY_RELEASE} (increase(vqserve_refused_requests_total{{{SCOPE},cause="context_limit"}}[1h]))\n'
+            f"  / (\n    {SUM_BY_RELEASE} (increase(vqserve_finished_requests_total{{{SCOPE}}}[1h]))\n"
+            f'    + {SUM_BY_RELEASE} (increase(vqserve_refused_requests_total{{{SCOPE},cause="context_limit"}}[1h]))\n'
             "  ) > 0.05\n)\n"
-            f'and {_RELEASE} (increase(vqserve_refused_requests_total{{{SCOPE},cause="context_limit"}}[1h])) > 10'
+            f'and {SUM_BY_RELEASE} (increase(vqserve_refused_requests_total{{{SCOPE},cause="context_limit"}}[1h])) > 10'
         ),
         after="15m",
         severity="warning",
@@ -173,7 +173,7 @@ PODS_AND_TARGETS = [
     ),
     Alert(
         name="VqserveAbsent",
-        expr=f"absent(up{{{SCOPE}}})\nor {_RELEASE} (up{{{SCOPE}}}) == 0",
+        expr=f"absent(up{{{SCOPE}}})\nor {SUM_BY_RELEASE} (up{{{SCOPE}}}) == 0",
         after="${loadSeconds}s",
         severity="critical",
         summary="No replica of the release can be scraped.",
@@ -184,7 +184,6 @@ PODS_AND_TARGETS = [
 ]
 
 _CLAIMS = 'namespace="${namespace}",persistentvolumeclaim=~"${claims}"'
-_EXPORTED = PODS.replace("namespace=", "exported_namespace=").replace("pod=", "exported_pod=")
 
 NODE = [
     Alert(
@@ -192,7 +191,7 @@ NODE = [
         # 43 and 45 are what a process that crashed or was killed leaves: crash loops have their own alert.
         expr=(
             f"max by (Hostname, gpu, UUID) (\n  DCGM_FI_DEV_XID_ERRORS{{{PODS}}}\n"
-            f"  or DCGM_FI_DEV_XID_ERRORS{{{_EXPORTED}}}\n) > 0 != 43 != 45"
+            f"  or DCGM_FI_DEV_XID_ERRORS{{{exported(PODS)}}}\n) > 0 != 43 != 45"
         ),
         after="1m",
         severity="critical",

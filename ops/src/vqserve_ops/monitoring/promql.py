@@ -1,4 +1,4 @@
-"""What a PromQL expression names, and how to ask it without Grafana."""
+"""What PromQL expressions select and name, and how to ask one without Grafana."""
 
 from __future__ import annotations
 
@@ -13,6 +13,26 @@ _NUMBER = re.compile(r"(?<![\w:])\d[\w.]*")
 _NAME = re.compile(r"(?<![\w:$.])[A-Za-z_:][\w:]*(?!\s*\(|[\w:])")
 _WORDS = {"and", "or", "unless", "bool", "offset", "group_left", "group_right", "inf", "nan", "atan2", "start", "end"}
 _VARIABLE = re.compile(r"\$(\w+)|\$\{(\w+)\}")
+
+
+def scraped(namespace: str, service: str) -> str:
+    """Matches what the chart's ServiceMonitor scrapes of one release; both may be variables."""
+    return f'namespace="{namespace}",service="{service}"'
+
+
+def pods_of(namespace: str, service: str) -> str:
+    """Matches the engine's pods in metrics of others, by name: the Deployment is called as the Service is."""
+    return f'namespace="{namespace}",pod=~"{service}-[a-z0-9]+-[a-z0-9]{{5}}"'
+
+
+def containers_of(pods: str) -> str:
+    """Matches the engine's containers of the pods that `pods` matches."""
+    return f'{pods},container="engine"'
+
+
+def exported(pods: str) -> str:
+    """Matches the same pods where a Prometheus does not honour the exporter's own labels and renames them."""
+    return pods.replace("namespace=", "exported_namespace=").replace("pod=", "exported_pod=")
 
 
 def metric_names(expr: str) -> set[str]:

@@ -11,15 +11,12 @@ from dataclasses import dataclass
 
 from grafana_foundation_sdk.models import units
 
-from vqserve_ops.monitoring.promql import filled_in
+from vqserve_ops.monitoring.promql import containers_of, exported, filled_in, pods_of, scraped
 
-ENGINE = 'namespace="$namespace",service="$release"'
-"""Matches what the chart's ServiceMonitor scrapes of one release."""
+ENGINE = scraped("$namespace", "$release")
 MODEL = ENGINE + ',model_name=~"$model_name"'
-PODS = 'namespace="$namespace",pod=~"$release-[a-z0-9]+-[a-z0-9]{5}"'
-"""Matches the engine's pods in metrics of others."""
-CONTAINER = PODS + ',container="engine"'
-_EXPORTED = PODS.replace("namespace=", "exported_namespace=").replace("pod=", "exported_pod=")
+PODS = pods_of("$namespace", "$release")
+CONTAINER = containers_of(PODS)
 
 TOKENS_PER_SECOND = "suffix: tok/s"
 REQUESTS_PER_SECOND = units.RequestsPerSecond
@@ -118,7 +115,7 @@ def _under(histogram: str, variable: str) -> str:
 def _gpu(name: str, metric: str, unit: str, legend: str, function: str = "{}") -> Query:
     """By GPU; with both names that the engine's pod may have, as Prometheus honours the exporter's labels or not."""
     window = "" if function == "{}" else "[$__rate_interval]"
-    ways = [function.format(f"{metric}{{{match}}}{window}") for match in (PODS, _EXPORTED)]
+    ways = [function.format(f"{metric}{{{match}}}{window}") for match in (PODS, exported(PODS))]
     expr = f"max by (Hostname, gpu) ({' or '.join(ways)})"
     return Query(name, expr, unit, legend, gpu_only=True)
 

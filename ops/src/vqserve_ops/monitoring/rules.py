@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 import yaml
 
-SCOPE = 'namespace="${namespace}",service="${service}"'
-"""Matches what the chart's ServiceMonitor scrapes of one release."""
-PODS = 'namespace="${namespace}",pod=~"${service}-[a-z0-9]+-[a-z0-9]{5}"'
-"""Matches the engine's pods by name, for metrics of others about them: the Deployment is called as the Service is."""
-ENGINE = PODS + ',container="engine"'
-"""Matches the engine's containers."""
+from vqserve_ops.monitoring.promql import containers_of, pods_of, scraped
+
+SCOPE = scraped("${namespace}", "${service}")
+PODS = pods_of("${namespace}", "${service}")
+ENGINE = containers_of(PODS)
+SUM_BY_RELEASE = "sum by (namespace, service)"
 PLACEHOLDERS = (
     "namespace",
     "service",

@@ -9,9 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from vqserve_ops.monitoring.rules import SCOPE, Alert, Group, Recording
-
-_BY = "sum by (namespace, service)"
+from vqserve_ops.monitoring.rules import SCOPE, SUM_BY_RELEASE, Alert, Group, Recording
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,10 @@ def _recordings(promise: Promise) -> list[Recording]:
     windows = dict.fromkeys(window for burn in burns for window in (burn.short, burn.long))
     shares = [Recording(_share(promise, window), _share_of(promise, window)) for window in windows]
     counts = [
-        Recording(_count(promise, burn.long), f"{_BY} (increase({promise.histogram}_count{{{SCOPE}}}[{burn.long}]))")
+        Recording(
+            _count(promise, burn.long),
+            f"{SUM_BY_RELEASE} (increase({promise.histogram}_count{{{SCOPE}}}[{burn.long}]))",
+        )
         for burn in burns
     ]
     return shares + counts
@@ -101,7 +102,7 @@ def _recordings(promise: Promise) -> list[Recording]:
 def _share_of(promise: Promise, window: str) -> str:
     within = f'{promise.histogram}_bucket{{{SCOPE},le="{promise.bound}"}}'
     every = f"{promise.histogram}_count{{{SCOPE}}}"
-    return f"1 - (\n  {_BY} (rate({within}[{window}]))\n  /\n  {_BY} (rate({every}[{window}]))\n)"
+    return f"1 - (\n  {SUM_BY_RELEASE} (rate({within}[{window}]))\n  /\n  {SUM_BY_RELEASE} (rate({every}[{window}]))\n)"
 
 
 def _fast(promise: Promise) -> Alert:

@@ -22,7 +22,7 @@ _earlier: list[tuple[str, dict[str, Value], int, int]] = []
 
 @contextmanager
 def span(name: str, **attributes: Value) -> Iterator[None]:
-    """Makes a span of what happens inside, beside vLLM's own; an exception is recorded and goes on.
+    """Makes a span of what happens inside, beside vLLM's own; an exception goes on, recorded if vLLM traces by then.
 
     Args:
         name: What happens.
