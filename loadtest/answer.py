@@ -80,7 +80,7 @@ class Answer:
             self._count(event.get("usage"))
             if choices:
                 self._choose(choices[0], now)
-        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as cause:
+        except (AttributeError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as cause:
             raise Broken(Outcome.GARBAGE, f"an event that is no chunk: {data[:80]!r}") from cause
 
     def _count(self, usage: dict[str, Any] | None) -> None:
@@ -89,13 +89,14 @@ class Answer:
         self.prompt_tokens = int(usage["prompt_tokens"])
         self.completion_tokens = int(usage.get("completion_tokens") or 0)
         details = usage.get("prompt_tokens_details") or {}
-        self.cached_tokens = details.get("cached_tokens", self.cached_tokens)
+        if (cached := details.get("cached_tokens")) is not None:
+            self.cached_tokens = int(cached)
 
     def _choose(self, choice: dict[str, Any], now: float) -> None:
-        self.finish_reason = choice.get("finish_reason") or self.finish_reason
         delta = choice.get("delta") or {}
-        reasoning = delta.get("reasoning") or delta.get("reasoning_content") or ""
-        content = delta.get("content") or choice.get("text") or ""
+        self.finish_reason = _text(choice, "finish_reason") or self.finish_reason
+        reasoning = _text(delta, "reasoning") or _text(delta, "reasoning_content")
+        content = _text(delta, "content") or _text(choice, "text")
         if not reasoning and not content:
             return
         self.reasoning.append(reasoning)
@@ -146,6 +147,13 @@ class Answer:
             looping = repeats(self.text or "".join(self.reasoning))
             outcome = Outcome.REPETITION if looping else Outcome.LENGTH
             raise Broken(outcome, f"max_tokens reached{' in a loop' if looping else ''}")
+
+
+def _text(found: dict[str, Any], name: str) -> str:
+    value = found.get(name) or ""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is no text")
+    return value
 
 
 def _told(error: Any) -> Broken:

@@ -112,6 +112,8 @@ class Client:
         secure = url.scheme == "https"
         self._address = url.hostname, url.port or (443 if secure else 80)
         self._secure = secure
+        # An ingress chooses the certificate by this name, and the certificate is of this name.
+        self._tls_name = urlsplit(f"//{host_header}").hostname if host_header else url.hostname
 
     def _http(self) -> HTTPClient:
         """A pool for one request: whatever the server says of keeping connections, it is closed with it."""
@@ -122,6 +124,7 @@ class Client:
             network_timeout=24 * 3600,
             ssl=self._secure,
             ssl_context_factory=_tls if self._secure else None,
+            ssl_options={"server_hostname": self._tls_name} if self._secure else None,
         )
 
     def call(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
@@ -129,8 +132,25 @@ class Client:
         answer = self.get(path, body)
         try:
             return None if answer is None else json.loads(answer)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
+
+    def models(self) -> dict[str, int | None]:
+        """The models that the server lists, with their caps in tokens; None where it does not say."""
+        answer = self.call("/v1/models")
+        listed = answer.get("data") if isinstance(answer, dict) else None
+        found: dict[str, int | None] = {}
+        for model in listed if isinstance(listed, list) else []:
+            if isinstance(model, dict) and isinstance(name := model.get("id"), str):
+                cap = model.get("max_model_len")
+                found[name] = cap if type(cap) is int and cap > 0 else None
+        return found
+
+    def version(self) -> str | None:
+        """The server's version, where it says."""
+        answer = self.call("/version")
+        version = answer.get("version") if isinstance(answer, dict) else None
+        return version if isinstance(version, str) else None
 
     def get(self, path: str, body: Mapping[str, Any] | None = None, timeout_s: float = 30.0) -> bytes | None:
         """What a route answers: GET, or POST of a body; None unless it answers 200 in time."""
@@ -146,7 +166,7 @@ class Client:
 
     def ask(self, prompt: Prompt, options: Options, place: Place = Place()) -> Record:
         """Sends one request and follows its answer to the end; never raises for what the server does."""
-        answer = Answer()
+        answer, body = Answer(), self._body(prompt, options)
         began_at, began = time.time(), time.perf_counter()
         record = Record(
             id=uuid.uuid4().hex,
@@ -164,7 +184,7 @@ class Client:
         )
         try:
             with gevent.Timeout(options.timeout_s, _TookTooLong), closing(self._http()) as http:
-                record = self._follow(http, record, answer, self._body(prompt, options), options)
+                record = self._follow(http, record, answer, body, options)
         except _TookTooLong:
             record = replace(record, outcome=Outcome.TIMEOUT, detail=f"not complete after {options.timeout_s:g} s")
         return self._measured(record, answer, prompt, began)
@@ -227,6 +247,7 @@ class Client:
 
         return replace(
             record,
+            detail=_writable(record.detail),
             e2e_s=time.perf_counter() - began,
             client_lag_s=self._lag.worst_since(began) if self._lag else None,
             ttft_s=since(answer.first),
@@ -240,7 +261,7 @@ class Client:
             cached_tokens=answer.cached_tokens,
             reasoning_chars=sum(map(len, answer.reasoning)),
             content_chars=len(answer.text),
-            finish_reason=answer.finish_reason,
+            finish_reason=answer.finish_reason and _writable(answer.finish_reason),
             correct=prompt.is_right(answer.text) if record.outcome == Outcome.OK else None,
         )
 
@@ -254,7 +275,7 @@ def _refused(record: Record, response: HTTPSocketResponse) -> Record:
     try:
         found = json.loads(text)
         message = str(found["error"]["message"] if "error" in found else found.get("message", text))
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         message = text
     outcome = outcome_of_status(response.status_code, message)
     wait = _retry_after(response.get("retry-after")) if outcome == Outcome.SHED else None
@@ -269,12 +290,17 @@ def _retry_after(value: str | list[str] | None) -> float | None:
         return float(value)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 
 def _words(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"[:200]
+
+
+def _writable(text: str) -> str:
+    """A server's words without lone surrogates, which JSON can state and no file in UTF-8 can hold."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 @cache

@@ -6,6 +6,7 @@ import random
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import gevent
 from gevent.pool import Group
@@ -113,14 +114,13 @@ class Load:
         try:
             for arrival in arrivals(stages, seed, self._source, self._sources):
                 gevent.sleep(max(0.0, began + arrival.at - time.perf_counter()))
-                lag = time.perf_counter() - began - arrival.at
-                place, number = Place(arrival.stage.name, arrival.stage.warm_up, lag), self._next()
+                place, number = Place(arrival.stage.name, arrival.stage.warm_up), self._next()
                 if self.under_way >= self._profile.traffic.most_under_way:
-                    self._give_up(place, number)
+                    self._give_up(place, number, began + arrival.at)
                 else:
                     # Counted here: a greenlet counts itself only once it runs.
                     self.under_way += 1
-                    sent.start(gevent.Greenlet(self._counted, place, number))
+                    sent.start(gevent.Greenlet(self._counted, place, number, began + arrival.at))
             gevent.sleep(max(0.0, began + sum(stage.seconds for stage in stages) - time.perf_counter()))
             sent.join()
         finally:
@@ -137,14 +137,18 @@ class Load:
         self.under_way += 1
         self._counted(place, number)
 
-    def _counted(self, place: Place, number: int) -> None:
+    def _counted(self, place: Place, number: int, due: float | None = None) -> None:
         try:
-            record = self._client.ask(self._mix.draw(number), self._profile.options, place)
+            prompt = self._mix.draw(number)
+            if due is not None:
+                # Only now: a greenlet may have waited for others, and has made its prompt.
+                place = replace(place, dispatch_lag_s=time.perf_counter() - due)
+            record = self._client.ask(prompt, self._profile.options, place)
         finally:
             self.under_way -= 1
         self._done(record)
 
-    def _give_up(self, place: Place, number: int) -> None:
+    def _give_up(self, place: Place, number: int, due: float) -> None:
         prompt, options = self._mix.draw(number), self._profile.options
         record = Record(
             id=uuid.uuid4().hex,
@@ -158,7 +162,7 @@ class Load:
             outcome=Outcome.NOT_SENT,
             expected=prompt.expected,
             detail=f"{self.under_way} requests under way; raise `most_under_way` or spread the load over more workers",
-            dispatch_lag_s=place.dispatch_lag_s,
+            dispatch_lag_s=time.perf_counter() - due,
             wanted_tokens=prompt.wanted_tokens,
         )
         self._done(record)

@@ -43,6 +43,8 @@ def _arguments(parser: LocustArgumentParser, **_: Any) -> None:
     group.add_argument(
         "--run-name", default="", env_var="LOADTEST_RUN", help="name of the run; default: profile and time"
     )
+    salt_help = "of the prompts, as a run states it, to ask the very same again; default: drawn anew for each run"
+    group.add_argument("--salt", default="", env_var="LOADTEST_SALT", help=salt_help)
     slo_help = "what to judge by, e.g. ttft_s=2,tpot_s=0.05,failures=0.01; without it every request has to be good"
     group.add_argument("--slo", default="", env_var="LOADTEST_SLO", help=slo_help)
     metrics_help = "of the server, sampled beside; default: /metrics of --host; `none`: nothing is"

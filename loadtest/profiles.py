@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import random
 import tomllib
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -136,14 +137,21 @@ class Content:
     tokens: tuple[int | str, ...] = ()
     prompts: tuple[Prompt, ...] = ()
 
-    def part(self, sizing: Sizing, max_tokens: int) -> Part | None:
+    def part(self, sizing: Sizing, max_tokens: int, salt: str = "", begin: float = 0.0) -> Part | None:
         """Makes its prompts; lengths beyond the server's cap are left out, None if none is left.
+
+        Args:
+            sizing: How long a text is, and the cap.
+            max_tokens: Of an answer.
+            salt: Of the needles' lists.
+            begin: Share of the file after which a replay begins.
 
         Raises:
             ProfileError: The cap is needed and not known.
         """
         if self.kind == "replay":
-            return Part(lambda _, number: self.prompts[number % len(self.prompts)], self.weight)
+            first = int(begin * len(self.prompts))
+            return Part(lambda _, number: self.prompts[(first + number) % len(self.prompts)], self.weight)
         if self.kind in GENERATED:
             make = GENERATED[self.kind]
             return Part(lambda rng, _: make(rng, rng.choice(self.languages)), self.weight)
@@ -156,11 +164,11 @@ class Content:
         room = None if sizing.cap is None else round((sizing.cap - max_tokens) * MARGIN)
         wanted = [room if size == "cap" else size for size in self.tokens]
         fitting = [size for size in wanted if isinstance(size, int) and size > 0 and (room is None or size <= room)]
-        return Part(partial(self._needle, fitting, sizing), self.weight) if fitting else None
+        return Part(partial(self._needle, fitting, sizing, salt), self.weight) if fitting else None
 
-    def _needle(self, sizes: list[int], sizing: Sizing, rng: random.Random, number: int) -> Prompt:
+    def _needle(self, sizes: list[int], sizing: Sizing, salt: str, rng: random.Random, number: int) -> Prompt:
         # In turn, not drawn: a sweep of a few minutes has as many of each length.
-        return needle_prompt(rng, rng.choice(self.languages), sizes[number % len(sizes)], sizing)
+        return needle_prompt(rng, rng.choice(self.languages), sizes[number % len(sizes)], sizing, salt)
 
 
 @dataclass(frozen=True)
@@ -189,13 +197,18 @@ class Profile:
     slo: Slo | None
     source: dict[str, Any]
 
-    def parts(self, sizing: Sizing) -> list[Part]:
+    def parts(self, sizing: Sizing, salt: str = "", begin: float = 0.0) -> list[Part]:
         """The mix of prompts for a server.
+
+        Args:
+            sizing: How long a text is, and the server's cap.
+            salt: What the lists of needles follow from beside the seed, so that no cache knows them from another run.
+            begin: Share of their files after which replays begin; sources that begin apart do not ask the same at once.
 
         Raises:
             ProfileError: Nothing is left that the server takes.
         """
-        made = [content.part(sizing, self.options.max_tokens) for content in self.contents]
+        made = [content.part(sizing, self.options.max_tokens, salt, begin) for content in self.contents]
         if not (parts := [part for part in made if part]):
             raise ProfileError(
                 f"{self.name}: no prompt fits into the server's cap of {sizing.cap}; choose shorter `tokens`"
@@ -286,7 +299,7 @@ def _traffic(table: Table) -> Traffic:
         search = _search(table)
         first = Stage(warm_up, rate=search.start, warm_up=True)
     else:
-        stages = _stages(table, kind)
+        stages = _numbered(_stages(table, kind))
         first = Stage(warm_up, stages[0].users, stages[0].rate, warm_up=True)
     table.end()
     if len({stage.rate is None for stage in stages}) > 1:
@@ -319,6 +332,16 @@ def _stages(table: Table, kind: str) -> list[Stage]:
     if key != wanted:
         raise table.fail(key, f"a loop of kind `{kind}` has `{wanted}`")
     return [_stage(table, key, table.number("seconds", above=True))]
+
+
+def _numbered(stages: Sequence[Stage]) -> list[Stage]:
+    """The stages, with those of one name told apart."""
+    met = Counter[str]()
+    numbered = []
+    for stage in stages:
+        met[stage.name] += 1
+        numbered.append(replace(stage, turn=met[stage.name]))
+    return numbered
 
 
 def _level(table: Table) -> str:

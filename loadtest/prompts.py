@@ -1,7 +1,8 @@
 """What is asked: generated prompts whose answers are known, so that being right under load is measured too.
 
-Every prompt follows from seed and number alone, whichever process or greenlet sends it. The wording is the one the demo
-model was trained on; any capable model understands it. No two prompts share a long prefix: caches do not flatter.
+Every prompt follows from seed, source, number and the run's salt alone, whichever greenlet sends it. The wording is the
+one the demo model was trained on; any capable model understands it. No two prompts share a long prefix, nor do those of
+two runs, whose salts differ: caches do not flatter.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from loadtest.records import Outcome
 
@@ -41,7 +43,10 @@ ASKS_NEEDLE = {
     "ja": "リストで{n}の番号は何ですか？",
     "zh": "列表中{n}的号码是多少？",
 }
-CONSONANTS, VOWELS = "bdfghjklmnprstvz", "aeiou"
+SYLLABLES = tuple(consonant + vowel for consonant in "bdfghjklmnprstvz" for vowel in "aeiou")
+ROW_CHARACTERS = len("Baba Bababa Bababa\n")
+POOL_ROWS = 50_000
+"""A list longer than these, of about a million characters, begins with them again."""
 CHARACTERS_PER_TOKEN = 2.5
 """Of lists of made-up names, until `/tokenize` says better; most tokenizers have between 2 and 3."""
 TEMPLATE_TOKENS = 24
@@ -113,7 +118,7 @@ class Sizing:
     @classmethod
     def of(cls, count: Callable[[str], int | None], cap: int | None) -> Sizing:
         """Asks for the tokens of a sample; `count` says None where there is no `/tokenize`."""
-        sample = "".join(_rows(random.Random("sizing"), 4000))
+        sample = _rows(0, 200)
         tokens = count(sample)
         return cls(len(sample) / tokens, cap, measured=True) if tokens else cls(cap=cap)
 
@@ -133,14 +138,22 @@ def word_prompt(rng: random.Random, language: str) -> Prompt:
     return Prompt("word", language, (Message("user", question),), str(RESULTS[operator](a, b)))
 
 
-def needle_prompt(rng: random.Random, language: str, tokens: int, sizing: Sizing) -> Prompt:
-    """A list of about `tokens` tokens, chat template and question included, and a question about one line of it."""
+def needle_prompt(rng: random.Random, language: str, tokens: int, sizing: Sizing, salt: str = "") -> Prompt:
+    """A list of about `tokens` tokens, chat template and question included, and a question about one line of it.
+
+    With another `salt` the list is another, and the question is the same.
+    """
     characters = round(max(0, tokens - TEMPLATE_TOKENS) * sizing.characters_per_token)
     name, number = _name(rng), f"{rng.randrange(10_000):04d}"
     question = ASKS_NEEDLE[language].format(n=name)
-    rows = _rows(rng, max(0, characters - len(question)))
-    rows.insert(rng.randint(0, len(rows)), f"{name} #{number}\n")
-    message = Message("user", "".join(rows) + question)
+    count = max(0, characters - len(question)) // ROW_CHARACTERS
+    before = rng.randint(0, count)
+    filling = random.Random(f"filling/{salt}/{rng.random()}")
+    # A row of its own comes first: lists that begin at the same place of the pool share no prefix.
+    first, start = _row(filling) if count else "", filling.randrange(POOL_ROWS)
+    rows = first + _rows(start, count - 1)
+    at = before * ROW_CHARACTERS
+    message = Message("user", f"{rows[:at]}{name} #{number}\n{rows[at:]}{question}")
     return Prompt(f"needle {tokens}", language, (message,), number, wanted_tokens=tokens)
 
 
@@ -194,13 +207,22 @@ def _operands(rng: random.Random) -> tuple[str, int, int]:
     return operator, max(a, b), min(a, b)
 
 
-def _rows(rng: random.Random, characters: int) -> list[str]:
-    """Lines of about as many characters together."""
-    rows: list[str] = []
-    while characters > 0:
-        rows.append(f"{_name(rng)} {_syllables(rng, 3)}\n")
-        characters -= len(rows[-1])
-    return rows
+@cache
+def _pool() -> str:
+    # Made once, in a fifth of a second: made for each prompt, a long list would keep all other greenlets waiting.
+    rng = random.Random("rows")
+    return "".join(_row(rng) for _ in range(POOL_ROWS))
+
+
+def _rows(start: int, count: int) -> str:
+    """So many rows of the pool."""
+    pool, begin = _pool(), start * ROW_CHARACTERS
+    end = begin + max(0, count) * ROW_CHARACTERS
+    return (pool * (end // len(pool) + 1))[begin:end]
+
+
+def _row(rng: random.Random) -> str:
+    return f"{_name(rng)} {_syllables(rng, 3)}\n"
 
 
 def _name(rng: random.Random) -> str:
@@ -208,4 +230,4 @@ def _name(rng: random.Random) -> str:
 
 
 def _syllables(rng: random.Random, count: int) -> str:
-    return "".join(rng.choice(CONSONANTS) + rng.choice(VOWELS) for _ in range(count)).capitalize()
+    return "".join(rng.choices(SYLLABLES, k=count)).capitalize()

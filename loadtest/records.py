@@ -67,6 +67,8 @@ class Run:
         sources: Processes that share an open loop's rate.
         source: Number of the process among them.
         server_version: As `/version` says; None if it does not.
+        salt: What its prompts follow from beside the profile's seed.
+        slo: What it was judged by, as `slo.Slo.parse` reads it; empty: by nothing.
     """
 
     run: str
@@ -78,6 +80,8 @@ class Run:
     sources: int = 1
     source: int = 0
     server_version: str | None = None
+    salt: str = ""
+    slo: str = ""
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
     """0: kept what was asked; 1: did not; 2: there is nothing to report."""
     parser = argparse.ArgumentParser("loadtest.report", description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("folder", type=Path, help="of a run, with its records-*.jsonl")
-    parser.add_argument("--slo", help="what to judge by, e.g. ttft_s=2,tpot_s=0.05,failures=0.01,percentile=95")
+    parser.add_argument("--slo", help="what to judge by, e.g. ttft_s=2,failures=0.01; default: as the run was")
     options = parser.parse_args(arguments)
     try:
         results = Results.read(options.folder, Slo.parse(options.slo) if options.slo else None)

@@ -164,12 +164,16 @@ class Results:
 
     @classmethod
     def read(cls, folder: Path, slo: Slo | None) -> Results:
-        """Of a run's folder.
+        """Of a run's folder; without an SLO judged by the one that the run had.
 
         Raises:
             RecordError: It holds no run.
+            SloError: It was judged by something that a later release knows.
         """
-        return cls.of(read_all(folder), slo)
+        logs = read_all(folder)
+        if slo is None and logs[0].run.slo:
+            slo = Slo.parse(logs[0].run.slo)
+        return cls.of(logs, slo)
 
     @classmethod
     def of(cls, logs: Sequence[Log], slo: Slo | None) -> Results:

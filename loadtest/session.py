@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import secrets
 import sys
 import time
 from contextlib import suppress
@@ -111,6 +112,7 @@ class Session:
                 return
             # Beside the option: Locust's page may start several runs, and keeps what the option was.
             self._options.run = self._options.run_name or _name(self.profile)
+            self._options.run_salt = self._options.salt or secrets.token_hex(4)
             self._folder = Path(self._options.records) / self._options.run
             self.live = Live()
             self._options.sources = getattr(runner, "worker_count", 1)
@@ -145,8 +147,7 @@ class Session:
         client, cap = self._server()
         sizing = Sizing.of(lambda text: _count(client, text), cap)
         sources = options.sources
-        mix = Mix(profile.parts(sizing), profile.seed, source)
-        version = (client.call("/version") or {}).get("version")
+        mix = Mix(profile.parts(sizing, options.run_salt, source / sources), profile.seed, source)
         run = Run(
             run=options.run,
             started_at=time.time(),
@@ -156,7 +157,9 @@ class Session:
             max_model_len=cap,
             sources=sources,
             source=source,
-            server_version=version,
+            server_version=client.version(),
+            salt=options.run_salt,
+            slo=str(self._slo or ""),
         )
         watched = self._metrics(client) if source == 0 else None
         self._watch = Watch(self._emit, self._lag, watched, options.watch_pid or None)
@@ -180,15 +183,15 @@ class Session:
         host, options = self._environment.host or "", self._options
         key = os.environ.get(KEY) or None
         client = Client(host, options.model or "", key=key, host_header=options.host_header or None, lag=self._lag)
-        models = (client.call("/v1/models") or {}).get("data") or []
-        chosen = next((model for model in models if options.model in ("", model["id"])), None)
+        models = client.models()
+        chosen = next((model for model in models if options.model in ("", model)), None)
         if chosen is None:
-            listed = ", ".join(str(model["id"]) for model in models) or "none"
+            listed = ", ".join(models) or "none"
             raise ProfileError(
                 f"{host}: /v1/models lists {listed}; check --host and --model, and the key in {KEY} if it has one"
             )
-        client.model = chosen["id"]
-        return client, self.profile.cap or chosen.get("max_model_len")
+        client.model = chosen
+        return client, self.profile.cap or models[chosen]
 
     def _await_server(self) -> None:
         deadline = time.monotonic() + self._options.wait_s
@@ -339,4 +342,5 @@ def _name(profile: Profile) -> str:
 
 def _count(client: Client, text: str) -> int | None:
     found = client.call("/tokenize", {"model": client.model, "prompt": text, "add_special_tokens": False})
-    return found.get("count") if isinstance(found, dict) else None
+    count = found.get("count") if isinstance(found, dict) else None
+    return count if isinstance(count, int) else None

@@ -22,19 +22,22 @@ class Stage:
         users: Users of a closed loop, each with one request under way.
         rate: Requests per second of an open loop, of all sources together.
         warm_up: Leave its requests out of all results.
+        turn: Which of the stages of this level it is: calm before a spike is not calm after it.
     """
 
     seconds: float
     users: int | None = None
     rate: float | None = None
     warm_up: bool = False
+    turn: int = 1
 
     @property
     def name(self) -> str:
         """What results are broken down by."""
         if self.warm_up:
             return WARM_UP
-        return f"users {self.users}" if self.users is not None else f"rate {self.rate:g}"
+        level = f"users {self.users}" if self.users is not None else f"rate {self.rate:g}"
+        return level if self.turn == 1 else f"{level} ({self.turn})"
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ class Slo:
 
     def __str__(self) -> str:
         given = [(field.name, getattr(self, field.name)) for field in fields(self)]
-        return ",".join(f"{name}={value:g}" for name, value in given if value is not None)
+        return ",".join(f"{name}={value:.12g}" for name, value in given if value is not None)
 
     def met(self, record: Record) -> bool:
         """Whether one request keeps it by itself, which is what goodput counts: its gaps by their own percentile."""

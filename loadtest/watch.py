@@ -30,17 +30,20 @@ MOSTS = {"vllm:kv_cache_usage_perc": "kv_cache_share"}
 
 
 def server_values(text: str) -> dict[str, float]:
-    """What a server's `/metrics` says of itself."""
+    """What a server's `/metrics` says of itself; nothing, if it is not of Prometheus's form."""
     wanted = tuple(SUMS | MOSTS)
     # A server has thousands of lines, and parsing them would keep greenlets waiting.
     lines = [line for line in text.split("\n") if line.startswith(wanted)]
     found: dict[str, float] = {}
-    for family in text_string_to_metric_families("\n".join(lines) + "\n"):
-        for sample in family.samples:
-            if name := SUMS.get(sample.name):
-                found[name] = found.get(name, 0.0) + sample.value
-            elif name := MOSTS.get(sample.name):
-                found[name] = max(found.get(name, 0.0), sample.value)
+    try:
+        for family in text_string_to_metric_families("\n".join(lines) + "\n"):
+            for sample in family.samples:
+                if name := SUMS.get(sample.name):
+                    found[name] = found.get(name, 0.0) + sample.value
+                elif name := MOSTS.get(sample.name):
+                    found[name] = max(found.get(name, 0.0), sample.value)
+    except ValueError:
+        return {}
     return found
 
 
