@@ -99,6 +99,25 @@ async def garbage(stream: Stream) -> None:
     stream.end()
 
 
+async def parts(stream: Stream) -> None:
+    """Content as a list of parts, as a chat's messages may have it and answers have not."""
+    await stream.send(event(chunk({}, 1) | {"choices": [{"delta": {"content": [{"type": "text", "text": "42"}]}}]}))
+    await stream.done()
+    stream.end()
+
+
+async def deep(stream: Stream) -> None:
+    await stream.send(event("[" * 100_000))
+    await stream.done()
+    stream.end()
+
+
+async def unpaired(stream: Stream) -> None:
+    await stream.send(event(json.dumps({"error": {"message": "half of \ud83d", "code": 500}})))
+    await stream.done()
+    stream.end()
+
+
 async def empty(stream: Stream) -> None:
     await stream.send(event(chunk({"role": "assistant", "content": ""}, 0)))
     await stream.send(event(chunk({}, 0, "stop")))
@@ -168,7 +187,7 @@ async def slow(stream: Stream) -> None:
 STREAMS: dict[str, Callable[[Stream], Awaitable[None]]] = {
     "plain": plain, "schedule": schedule, "cut": cut, "no-done": no_done, "garbage": garbage, "empty": empty,
     "reasoning-only": reasoning_only, "reasoned": reasoned, "split": split, "long": long, "repetition": repetition,
-    "detected": detected, "failing": failing, "slow": slow,
+    "detected": detected, "failing": failing, "slow": slow, "parts": parts, "deep": deep, "unpaired": unpaired,
 }  # fmt: skip
 REFUSALS: dict[str, tuple[int, str, str]] = {
     "over-cap": (400, OVER_CAP, ""),
@@ -180,6 +199,15 @@ REFUSALS: dict[str, tuple[int, str, str]] = {
     "broken": (500, "Internal Server Error", ""),
     "gateway": (502, "Bad Gateway", ""),
 }
+
+
+ODD: dict[str, Any] = {
+    "/list/v1/models": [1],
+    "/data/v1/models": {"data": {"id": "glm"}},
+    "/words/v1/models": {"data": ["glm", {"id": 7}, {"name": "glm"}]},
+    "/cap/v1/models": {"data": [{"id": "glm", "max_model_len": "long"}]},
+}
+"""What other servers may answer, by path."""
 
 
 def respond(writer: asyncio.StreamWriter, status: int, body: Any, retry_after: str = "") -> None:
@@ -218,7 +246,7 @@ async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
                 going = await post(writer, path, headers, json.loads(body))
             else:
                 models = {"data": [{"id": name, "max_model_len": CONTEXT} for name in STREAMS]}
-                respond(writer, 200, SENT if path == "/sent" else models)
+                respond(writer, 200, SENT if path == "/sent" else ODD.get(path, models))
             await writer.drain()
     except (asyncio.IncompleteReadError, ConnectionError):
         pass

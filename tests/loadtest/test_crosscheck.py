@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loadtest.compare import Array, interval
+from loadtest.compare import Array, interval, ratios
 from loadtest.demo import serving
 from loadtest.prompts import Sizing, needle_prompt
 from loadtest.records import Outcome, read
@@ -183,7 +183,7 @@ def test_others_agree_within_five_per_cent_or_the_bootstrap_interval(
     # With as many requests under way all the time, throughput is to the time of a request as 1 to 1.
     by = "e2e" if what == "tokens_per_s" else what
     low, high = interval(
-        list(getattr(theirs, by)[:, None]), list(getattr(mine, by)[:, None]), lambda v: float(v.mean())
+        ratios(list(getattr(theirs, by)[:, None]), list(getattr(mine, by)[:, None]), lambda v: float(v.mean()))
     )
     if what == "tokens_per_s":
         low, high = 1 / high, 1 / low

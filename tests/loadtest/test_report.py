@@ -60,6 +60,13 @@ def test_numbers_of_a_run_are_those_that_follow_from_its_requests(tmp_path: Path
     assert read(tmp_path).failed  # without an SLO every request has to be good
 
 
+def test_a_run_is_judged_again_as_it_was_unless_told_otherwise(tmp_path: Path) -> None:
+    write(tmp_path, [answer(0, ttft=1.5)], slo=str(Slo(ttft_s=1)))
+    assert report.main([str(tmp_path)]) == 1
+    assert report.main([str(tmp_path), "--slo", "ttft_s=2"]) == 0
+    assert read(tmp_path).slo == Slo(ttft_s=1)
+
+
 def test_what_several_processes_wrote_is_one_run_and_a_missing_one_is_told(tmp_path: Path) -> None:
     write(tmp_path, [answer(1)], sources=3, source=0)
     write(tmp_path, [answer(0)], sources=3, source=2)

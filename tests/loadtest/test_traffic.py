@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import random
+import time
 from itertools import islice, pairwise
 from pathlib import Path
 
+import gevent
 import pytest
 
 from loadtest import profiles, records
 from loadtest.client import Client
 from loadtest.load import Load
 from loadtest.profiles import ProfileError
-from loadtest.prompts import LANGUAGES, Message, Mix, Prompt, Sizing, needle_prompt
+from loadtest.prompts import LANGUAGES, Message, Mix, Part, Prompt, Sizing, needle_prompt
 from loadtest.records import Log, Outcome, Record, RecordError, Run, Sample, Writer
 from loadtest.replay import ReplayError, read_prompts
 from loadtest.shapes import Climb, Search, Stage, arrivals
@@ -47,6 +49,52 @@ def test_a_sweep_reaches_the_cap_and_beyond_it_and_leaves_out_what_lies_between(
     over = [p for p in drawn if p.kind == "over cap"]
     assert over
     assert all(p.expected == Outcome.OVER_CAP and len(p.text) / 2.5 > 4096 for p in over)
+
+
+def test_stages_of_one_level_are_told_apart() -> None:
+    stages = profiles.read(profiles.find("burst")).traffic.stages
+    names = [stage.name for stage in stages if not stage.warm_up]
+    assert names == ["rate 1", "rate 10", "rate 1 (2)"]
+
+
+def test_another_salt_makes_another_list_and_asks_the_same() -> None:
+    profile = profiles.read(profiles.find("context-sweep"))
+
+    def drawn(salt: str) -> list[Prompt]:
+        return [p for p in map(Mix(profile.parts(SIZING, salt), 0).draw, range(40)) if p.kind.startswith("needle")]
+
+    first, second = drawn("a"), drawn("b")
+    assert first == drawn("a")
+    assert [(p.kind, p.language, p.answer, len(p.text)) for p in first] == [
+        (p.kind, p.language, p.answer, len(p.text)) for p in second
+    ]
+    # A prefix cache knows none of them, from this run or the other: not even the first row is the same.
+    rows = [p.text.split("\n")[0] for p in [*first, *second]]
+    assert len(set(rows)) > 0.9 * len(rows)
+
+
+def test_a_long_prompt_keeps_nobody_waiting() -> None:
+    needle_prompt(random.Random(0), "en", 64, SIZING)
+    began = time.process_time()
+    prompt = needle_prompt(random.Random(1), "en", 800_000, SIZING)
+    assert time.process_time() - began < 0.05
+    assert len(prompt.text) / 2.5 == pytest.approx(800_000, rel=0.01)
+    assert prompt.text.count(f"#{prompt.answer}\n") == 1
+
+
+def test_the_lag_of_an_open_loop_holds_the_making_of_the_prompt(server: str, tmp_path: Path) -> None:
+    path = tmp_path / "p.toml"
+    path.write_text(OPEN.format(rate=5, bound=20))
+    profile = profiles.read(path)
+
+    def slow(_: random.Random, __: int) -> Prompt:
+        gevent.sleep(0.1)
+        return Prompt("sum", "en", (Message("user", "6 × 7 = ?"),))
+
+    found: list[Record] = []
+    Load(profile, Client(server, "plain"), Mix([Part(slow, 1.0)], 0), found.append).dispatch()
+    assert found
+    assert all(record.dispatch_lag_s is not None and record.dispatch_lag_s >= 0.1 for record in found)
 
 
 def test_a_needle_is_about_as_long_as_asked_for() -> None:
@@ -170,6 +218,15 @@ def test_prompts_are_replayed_in_their_order(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "a"}\n{"messages": [{"role": "user", "content": "b"}], "language": "zh"}\n')
     assert [p.messages for p in read_prompts(path)] == [(Message("user", "a"),), (Message("user", "b"),)]
+
+
+def test_sources_begin_a_replay_apart(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text("".join(f'{{"prompt": "{i}"}}\n' for i in range(4)))
+    path = tmp_path / "p.toml"
+    path.write_text(OPEN.format(rate=1, bound=9).replace('"sum"', '"replay"\nfile = "p.jsonl"'))
+    profile = profiles.read(path)
+    mixes = [Mix(profile.parts(SIZING, begin=source / 2), 0, source) for source in (0, 1)]
+    assert [[mix.draw(i).text for i in range(3)] for mix in mixes] == [["0", "1", "2"], ["2", "3", "0"]]
 
 
 def test_records_come_back_as_they_were_written_and_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
