@@ -409,8 +409,8 @@ class LoadtestImage(Section):
 class Loadtest(Section):
     enabled: bool = Field(
         False,
-        description="Load the engine once for each revision of the release; the Job fails if the SLO is broken. It begins "
-        "when the server answers, be it the revision before: `helm upgrade --wait` first, and enable it in another.",
+        description="Load the engine once for each revision of the release; the Job fails if the SLO is broken."
+        " It begins when a server answers, in a rollout maybe an old one: `helm upgrade --wait` first, then enable it in another.",
     )
     image: LoadtestImage = Field(LoadtestImage(), description="The image of the load test.")
     profile: str = Field("smoke", description="Traffic: a profile of loadtest/profiles.", pattern="^[a-z0-9-]+$")
@@ -430,8 +430,8 @@ class Loadtest(Section):
     )
     resultsClaim: str = Field(
         "",
-        description="A claim to keep records and reports in, a folder for each pod of the Job; empty: the report alone, in "
-        "the log of its container.",
+        description="A claim to keep records and reports in, a folder for each pod of the Job; empty: the report alone,"
+        " in the log of its container.",
     )
     nodeSelector: Names = Field(
         {}, description="Of its pods: nodes without engines keep both from disturbing the other."

@@ -126,6 +126,8 @@ def test_two_workers_share_the_rate_and_the_master_reports_for_both(server: str,
     logs = records.read_all(tmp_path / "run")
     assert [log.run.source for log in logs] == [0, 1]
     assert {log.run.sources for log in logs} == {2}
+    [(salt, slo)] = {(log.run.salt, log.run.slo) for log in logs}
+    assert (len(salt), slo) == (8, "ttft_s=2,failures=0,percentile=90")
     due = sum(len(list(arrivals([Stage(1, rate=20, warm_up=True), Stage(4, rate=20)], 0, i, 2))) for i in (0, 1))
     assert sum(len(log.records) for log in logs) == due
     assert all(log.records for log in logs)
@@ -190,6 +192,7 @@ def test_locusts_own_page_starts_a_run_and_shows_the_metrics_of_language_models(
         for name in ("first", "second"):
             form = urllib.parse.urlencode({"user_count": 1, "spawn_rate": 1, "host": server, "run_name": name})
             assert json.loads(get("/swarm", form.encode()))["success"]
+            wait_for((tmp_path / name / "report.html").is_file)
             wait_for(lambda: json.loads(get("/stats/requests"))["state"] == "stopped")
             stats = json.loads(get("/stats/requests"))
             assert {row["method"] for row in stats["stats"]} >= {"e2e", "TTFT", "ITL", "tok/s"}
