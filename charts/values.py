@@ -410,7 +410,8 @@ class Loadtest(Section):
     enabled: bool = Field(
         False,
         description="Load the engine once for each revision of the release; the Job fails if the SLO is broken."
-        " It begins when a server answers, in a rollout maybe an old one: `helm upgrade --wait` first, then enable it in another.",
+        " It begins when a server answers, in a rollout maybe an old one: `helm upgrade --wait` first,"
+        " then enable it in another.",
     )
     image: LoadtestImage = Field(LoadtestImage(), description="The image of the load test.")
     profile: str = Field("smoke", description="Traffic: a profile of loadtest/profiles.", pattern="^[a-z0-9-]+$")
