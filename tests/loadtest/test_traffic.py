@@ -109,7 +109,7 @@ def test_slow_answers_do_not_close_the_open_loop_and_its_bound_is_told(server: s
     found: list[Record] = []
     # Every answer takes over two seconds, and all arrivals are within one.
     load = Load(profile, Client(server, "schedule"), Mix(profile.parts(SIZING), 0), found.append)
-    load.dispatch()
+    load.run()
     due = list(arrivals(profile.traffic.stages, 0))
     assert len(found) == len(due) > 30
     assert sum(record.outcome == Outcome.OK for record in found) == 20
