@@ -89,19 +89,25 @@ def _refuse(error: str) -> NoReturn:
 
 
 def _await_workers(runner: MasterRunner) -> None:
-    """Waits like Locust, whose exit codes are those of a broken SLO if none come, and of success at Ctrl-C."""
+    """Waits as Locust would, but ends with `NOT_RUN` if they do not come."""
     options: Any = runner.environment.parsed_options
     wanted, wait_s = options.expect_workers, options.expect_workers_max_wait
     logger.info("waiting for %d workers", wanted)
+    why = "the last of them quit"
     try:
         with gevent.Timeout(wait_s or None, TimeoutError):
-            while len(runner.clients.ready) < wanted:
+            # Where the last worker quits, Locust stops what hears others, and would wait for ever.
+            while len(runner.greenlet):
+                if len(runner.clients.ready) >= wanted:
+                    return
                 gevent.sleep(0.1)
-    except (TimeoutError, KeyboardInterrupt) as cause:
-        came = len(runner.clients.ready)
-        runner.quit()
-        why = "interrupted" if isinstance(cause, KeyboardInterrupt) else f"gave up after {wait_s} s"
-        _refuse(f"{came} of {wanted} workers came; {why}")
+    except TimeoutError:
+        why = f"gave up after {wait_s} s"
+    except KeyboardInterrupt:
+        why = "interrupted"
+    came = len(runner.clients.ready)
+    runner.quit()
+    _refuse(f"{came} of {wanted} workers are here; {why}")
 
 
 @events.test_start.add_listener

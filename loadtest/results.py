@@ -208,7 +208,7 @@ class Results:
 
     @property
     def failed(self) -> bool:
-        """Whether the SLO was not kept, or without one any request ended otherwise than it should, or a part is missing."""
+        """Whether a part is missing, or the SLO was broken; without one: whether a request ended as it should not."""
         if not self.complete:
             return True
         if self.slo:

@@ -1,6 +1,7 @@
 """An OpenAI-like server for tests of load tests: streams tokens on a schedule, or a fault, by the model's name.
 
-It runs in a process of its own: `python streaming_server.py [PORT]` prints its port. `GET /sent` tells when what was sent.
+It runs in a process of its own: `python streaming_server.py [PORT]` prints its port. `GET /sent` tells when what
+was sent.
 """
 
 from __future__ import annotations
