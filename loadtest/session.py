@@ -96,7 +96,6 @@ class Session:
 
     def start(self) -> None:
         """Looks at the server, opens what lines go to and sends; a master only prepares to collect."""
-        self.gave_up = False
         try:
             if isinstance(self._environment.runner, WorkerRunner):
                 self._join()
@@ -139,7 +138,7 @@ class Session:
         runner: Any = self._environment.runner
         rank = self._options.ranks.get(runner.client_id)
         if rank is None:
-            logger.info("this worker came after the run had begun, and has no part in it")
+            logger.info("this worker has no part in the run: it came too late, or the run could not begin")
             return
         self.profile, self._slo = self._read()
         self._begin(rank)
@@ -232,6 +231,7 @@ class Session:
             if self._collector is not None:
                 self._collect(self._collector)
                 self._collector = None
+            self.gave_up = False
 
     def _end(self, sink: Sink, load: Load | None) -> None:
         complete = load is not None and load.ended
@@ -252,6 +252,8 @@ class Session:
 
     def _collect(self, collector: Collector) -> None:
         assert self._environment.runner
+        # Locust may start workers again that are ready after their end.
+        self._options.ranks = {}
         # At Ctrl-C Locust tells workers to quit only after this.
         for node in collector.sources - collector.ended.keys():
             self._environment.runner.send_message("stop", client_id=node)
