@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import gevent
+from gevent.event import Event
 from locust import LoadTestShape, User, events, task
 from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
@@ -29,6 +30,7 @@ from loadtest.session import NOT_RUN, Session
 from loadtest.slo import SloError
 
 _sessions: dict[Environment, Session] = {}
+_ready = Event()
 LOCK = "LOADTEST_LOCK"
 """Variable of the file that `loadtest.handover` waits at."""
 GRACE_S = 30.0
@@ -68,6 +70,7 @@ def _init(environment: Environment, **_: Any) -> None:
         session = _sessions[environment] = Session(environment)
     except (ProfileError, ReplayError, SloError) as error:
         _refuse(str(error))
+    _ready.set()
     # Locust's own listeners come before this one, and quitting fires in reverse: the report is made while workers and
     # what hears them are still there.
     environment.events.quitting.add_listener(_stop)
@@ -112,11 +115,14 @@ def _await_workers(runner: MasterRunner) -> None:
 
 @events.test_start.add_listener
 def _start(environment: Environment, **_: Any) -> None:
+    # Locust connects a worker before it fires `init`: a master that waits for no other starts it at once.
+    _ready.wait()
     _sessions[environment].start()
 
 
 @events.test_stop.add_listener
 def _stop(environment: Environment, **_: Any) -> None:
+    _ready.wait()
     _sessions[environment].stop()
 
 
