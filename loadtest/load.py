@@ -30,6 +30,7 @@ class Load:
 
     Attributes:
         under_way: Requests sent and not yet complete.
+        ended: Everything has been sent and answered.
         climb: The search, once it runs.
     """
 
@@ -45,28 +46,18 @@ class Load:
         sources: int = 1,
     ) -> None:
         self.under_way = 0
+        self.ended = False
         self.climb: Climb | None = None
         self._profile, self._client, self._mix, self._emit = profile, client, mix, emit
         self._source, self._sources, self._slo = source, sources, slo or profile.slo
-        self._number, self._began, self._dispatched = 0, time.perf_counter(), False
+        self._number, self._began = 0, time.perf_counter()
         self._judged: list[Record] = []
         self._pauses = random.Random(f"think/{profile.seed}/{source}")
-
-    def start(self) -> None:
-        """Sets the clock of the stages to zero."""
-        self._began = time.perf_counter()
 
     @property
     def elapsed(self) -> float:
         """Seconds since the start."""
         return time.perf_counter() - self._began
-
-    @property
-    def ended(self) -> bool:
-        """Whether everything has been sent and answered."""
-        traffic = self._profile.traffic
-        over = self._dispatched if traffic.is_open else stage_at(traffic.stages, self.elapsed) is None
-        return over and self.under_way == 0
 
     @property
     def stage(self) -> str:
@@ -76,25 +67,38 @@ class Load:
         stage = stage_at(self._profile.traffic.stages, self.elapsed)
         return stage.name if stage else "waiting for answers"
 
-    def user(self, index: int) -> None:
-        """One request of a closed loop's user, or a moment's rest if fewer users are wanted than `index` + 1."""
+    def run(self) -> None:
+        """Sends everything, and returns once the last request is answered."""
+        self._began = time.perf_counter()
         traffic = self._profile.traffic
-        stage = stage_at(traffic.stages, self.elapsed)
-        if stage is None or index >= self._share(stage.users or 0):
-            gevent.sleep(IDLE_S)
-            return
-        self._send(Place(stage.name, stage.warm_up), self._next())
-        if traffic.think_s:
-            gevent.sleep(self._pauses.expovariate(1 / traffic.think_s))
-
-    def dispatch(self) -> None:
-        """Sends an open loop's requests when they are due, until the last is answered."""
-        try:
-            self._open(self._profile.traffic.stages, self._profile.seed)
-            if self._profile.traffic.search:
+        if traffic.is_open:
+            self._open(traffic.stages, self._profile.seed)
+            if traffic.search:
                 self._climb()
+        else:
+            self._closed(traffic.stages)
+        self.ended = True
+
+    def _closed(self, stages: Sequence[Stage]) -> None:
+        most = self._share(max(stage.users or 0 for stage in stages))
+        users = [gevent.spawn(self._user, index) for index in range(most)]
+        try:
+            gevent.joinall(users, raise_error=True)
         finally:
-            self._dispatched = True
+            gevent.killall(users)
+
+    def _user(self, index: int) -> None:
+        traffic = self._profile.traffic
+        seconds = sum(stage.seconds for stage in traffic.stages)
+        while stage := stage_at(traffic.stages, self.elapsed):
+            if index >= self._share(stage.users or 0):
+                gevent.sleep(IDLE_S)
+                continue
+            self.under_way += 1
+            self._counted(Place(stage.name, stage.warm_up), self._next())
+            if traffic.think_s:
+                pause = self._pauses.expovariate(1 / traffic.think_s)
+                gevent.sleep(max(0.0, min(pause, seconds - self.elapsed)))
 
     def _climb(self) -> None:
         search, slo = self._profile.traffic.search, self._slo
@@ -132,10 +136,6 @@ class Load:
 
     def _share(self, users: int) -> int:
         return users // self._sources + (self._source < users % self._sources)
-
-    def _send(self, place: Place, number: int) -> None:
-        self.under_way += 1
-        self._counted(place, number)
 
     def _counted(self, place: Place, number: int, due: float | None = None) -> None:
         try:

@@ -7,30 +7,37 @@ two digits; the records do not.
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import gevent
+from gevent.event import Event
 from locust import LoadTestShape, User, events, task
 from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
-from locust.exception import StopUser
+from locust.runners import MasterRunner
 
 from loadtest import handover
 from loadtest.page import extend
 from loadtest.profiles import ProfileError
 from loadtest.replay import ReplayError
-from loadtest.session import Session
+from loadtest.session import NOT_RUN, Session
 from loadtest.slo import SloError
 
 _sessions: dict[Environment, Session] = {}
+_ready = Event()
 LOCK = "LOADTEST_LOCK"
 """Variable of the file that `loadtest.handover` waits at."""
 GRACE_S = 30.0
 """A master waits so much longer than a request may take for workers that do not say that they are done."""
+IDLE_S = 1.0
+
+logger = logging.getLogger(__name__)
 
 
 @events.init_command_line_parser.add_listener
@@ -64,36 +71,65 @@ def _init(environment: Environment, **_: Any) -> None:
     try:
         session = _sessions[environment] = Session(environment)
     except (ProfileError, ReplayError, SloError) as error:
-        sys.exit(f"loadtest: error: {error}")
+        _refuse(str(error))
+    _ready.set()
+    # Locust's own listeners come before this one, and quitting fires in reverse: the report is made while workers and
+    # what hears them are still there.
+    environment.events.quitting.add_listener(_stop)
     if isinstance(environment.shape_class, Traffic):
         environment.shape_class.session = session
     if environment.web_ui:
         extend(environment.web_ui, session)
+    if environment.parsed_options and environment.parsed_options.headless:
+        main = gevent.getcurrent()
+        # As Ctrl-C: with a shape Locust heeds SIGTERM only once a headless run is over.
+        signal.signal(signal.SIGTERM, lambda *_: gevent.kill(main, KeyboardInterrupt))
+        if isinstance(environment.runner, MasterRunner):
+            _await_workers(environment.runner)
+
+
+def _refuse(error: str) -> NoReturn:
+    sys.stderr.write(f"loadtest: error: {error}\n")
+    sys.exit(NOT_RUN)
+
+
+def _await_workers(runner: MasterRunner) -> None:
+    """Waits as Locust would, but ends with `NOT_RUN` if they do not come."""
+    options: Any = runner.environment.parsed_options
+    wanted, wait_s = options.expect_workers, options.expect_workers_max_wait
+    logger.info("waiting for %d workers", wanted)
+    why = "the last of them quit"
+    try:
+        with gevent.Timeout(wait_s or None, TimeoutError):
+            # Where the last worker quits, Locust stops what hears others, and would wait for ever.
+            while len(runner.greenlet):
+                if len(runner.clients.ready) >= wanted:
+                    return
+                gevent.sleep(0.1)
+    except TimeoutError:
+        why = f"gave up after {wait_s} s"
+    except KeyboardInterrupt:
+        why = "interrupted"
+    came = len(runner.clients.ready)
+    runner.quit()
+    _refuse(f"{came} of {wanted} workers are here; {why}")
 
 
 @events.test_start.add_listener
 def _start(environment: Environment, **_: Any) -> None:
+    # Locust connects a worker before it fires `init`: a master that waits for no other starts it at once.
+    _ready.wait()
     _sessions[environment].start()
 
 
 @events.test_stop.add_listener
 def _stop(environment: Environment, **_: Any) -> None:
+    _ready.wait()
     _sessions[environment].stop()
 
 
-@events.quitting.add_listener
-def _quit(environment: Environment, **_: Any) -> None:
-    # Ctrl-C and SIGTERM: a run that is on ends as it would by itself, workers first, and is reported.
-    if environment in _sessions and _sessions[environment].active and environment.runner:
-        environment.runner.stop()
-
-
 class Traffic(LoadTestShape):
-    """Tells Locust how many users to keep; when each of them sends is the load's business.
-
-    An open loop has one user per process, which dispatches. Users of a closed loop that a later stage does not want
-    rest: Locust would end them in the middle of an answer.
-    """
+    """Tells Locust when a run is over, and until then to keep a user per process."""
 
     session: Session | None = None
 
@@ -101,44 +137,29 @@ class Traffic(LoadTestShape):
         """Users and how many of them to start per second; None once all answers are there."""
         assert self.session
         assert self.runner
-        traffic = self.session.profile.traffic
         if self._over(self.session):
             return None
-        users = max((stage.users or 0 for stage in traffic.stages), default=0)
-        if traffic.is_open:
-            users = max(1, getattr(self.runner, "worker_count", 1))
-        return users, float(users)
+        processes = max(1, getattr(self.runner, "worker_count", 1))
+        return processes, float(processes)
 
     def _over(self, session: Session) -> bool:
-        assert self.runner
-        elapsed = time.perf_counter() - self.start_time
-        if not session.is_master:
-            # Locust asks once before it starts the test; an ended test without a load could not be started.
-            return session.load.ended if session.load else elapsed > 1
-        if session.failed:
+        if session.gave_up:
             return True
-        planned = sum(stage.seconds for stage in session.profile.traffic.stages)
-        if elapsed < planned:
-            return False
-        return session.drained or elapsed > planned + session.profile.options.timeout_s + GRACE_S
+        if not session.is_master:
+            return session.load is not None and session.load.ended
+        if session.drained:
+            return True
+        traffic = session.profile.traffic
+        planned = sum(stage.seconds for stage in traffic.stages)
+        late = time.perf_counter() - self.start_time > planned + session.profile.options.timeout_s + GRACE_S
+        # How long a search takes is not known.
+        return late and not traffic.search
 
 
 class LanguageModelUser(User):
-    """Whoever asks: a user of a closed loop, or the dispatcher of an open one."""
-
-    def on_start(self) -> None:
-        """Takes a number."""
-        self._index = _sessions[self.environment].next_user()
+    """Stands for a process to Locust, which starts no run without users; what is sent is the load's business."""
 
     @task
-    def send(self) -> None:
-        """One request of a closed loop; all of an open one."""
-        session = _sessions[self.environment]
-        if session.load is None:
-            raise StopUser
-        if not session.profile.traffic.is_open:
-            session.load.user(self._index)
-        elif not session.load.ended:
-            session.load.dispatch()
-        else:
-            gevent.sleep(1)
+    def rest(self) -> None:
+        """Nothing."""
+        gevent.sleep(IDLE_S)

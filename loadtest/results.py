@@ -145,6 +145,7 @@ class Results:
         kinds: Kinds of prompts, by name.
         languages: By name.
         warm_up: Requests left out.
+        complete: All processes of the run came to their end.
         warnings: What makes the numbers doubtful.
         records: The requests, the warm-up's included, in the order they were sent.
         samples: In the order of their times.
@@ -158,6 +159,7 @@ class Results:
     kinds: list[Group]
     languages: list[Group]
     warm_up: int
+    complete: bool
     warnings: list[str]
     records: list[Record] = field(repr=False)
     samples: list[Sample] = field(repr=False)
@@ -202,6 +204,7 @@ class Results:
             kinds=groups(lambda record: record.kind),
             languages=groups(lambda record: record.language),
             warm_up=len(records) - len(measured),
+            complete=len(logs) == logs[0].run.sources and all(log.complete for log in logs),
             warnings=_warnings(logs, measured),
             records=records,
             samples=samples,
@@ -209,7 +212,9 @@ class Results:
 
     @property
     def failed(self) -> bool:
-        """Whether the SLO was not kept; without one, whether any request ended otherwise than it should."""
+        """Whether a part is missing, or the SLO was broken; without one: whether a request ended as it should not."""
+        if not self.complete:
+            return True
         if self.slo:
             return bool(self.broken)
         return self.total is None or self.total.good < self.total.requests

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import gevent
 import psutil
+from gevent.lock import BoundedSemaphore
 from locust.env import Environment
 from locust.runners import STATE_MISSING, MasterRunner, WorkerRunner
 
@@ -47,7 +48,8 @@ class Session:
     """A process's part in the runs that Locust starts, one after the other.
 
     Attributes:
-        load: What is being sent; None on a master, and before a run.
+        load: What is being sent; None on a master, on a worker that has no part, and before a run.
+        gave_up: The run could not begin, or cannot go on.
         profile: Of the run, or the one that the command line names.
         live: What a master or single process has seen of the run so far.
 
@@ -58,6 +60,7 @@ class Session:
 
     def __init__(self, environment: Environment) -> None:
         self.load: Load | None = None
+        self.gave_up = False
         self.live = Live()
         self._environment = environment
         self._options: Any = environment.parsed_options
@@ -66,9 +69,13 @@ class Session:
         self._sink: Sink | None = None
         self._collector: Collector | None = None
         self._watch: Watch | None = None
-        self._progress: gevent.Greenlet[[], None] | None = None
+        self._greenlets: list[gevent.Greenlet[..., None]] = []
+        self._stopping = BoundedSemaphore()
         self._folder: Path | None = None
-        self._users = self._done = self._failed = 0
+        self._done = self._failed = 0
+        if not isinstance(environment.runner, WorkerRunner):
+            # Until there is a verdict: Locust's own would be 0 of a run that has not begun.
+            environment.process_exit_code = NOT_RUN
         if isinstance(environment.runner, MasterRunner):
             environment.runner.register_message(MESSAGE, self._receive)
 
@@ -82,71 +89,74 @@ class Session:
         return isinstance(self._environment.runner, MasterRunner)
 
     @property
-    def active(self) -> bool:
-        """Whether a run is on."""
-        return self._sink is not None or self._collector is not None
-
-    @property
     def drained(self) -> bool:
-        """Of a master: whether every worker has sent everything and has all answers."""
-        workers = getattr(self._environment.runner, "worker_count", 0)
-        return self._collector is not None and len(self._collector.done) >= workers
-
-    @property
-    def failed(self) -> bool:
-        """Of a master: whether a worker could not begin."""
-        return self._collector is not None and self._collector.error is not None
-
-    def next_user(self) -> int:
-        """Number of a user within this process."""
-        self._users += 1
-        return self._users - 1
+        """Of a master: whether every worker of the run that is still there has sent everything and has all answers."""
+        return (
+            self._collector is not None and self._present() & self._options.ranks.keys() <= self._collector.ended.keys()
+        )
 
     def start(self) -> None:
-        """Looks at the server, opens what lines go to and sets the clock; a master only prepares to collect."""
-        runner = self._environment.runner
+        """Looks at the server, opens what lines go to and sends; a master only prepares to collect."""
         try:
-            self.profile, self._slo = self._read()
-            if isinstance(runner, WorkerRunner):
-                self._begin(runner.worker_index)
-                return
-            # Beside the option: Locust's page may start several runs, and keeps what the option was.
-            self._options.run = self._options.run_name or _name(self.profile)
-            self._options.run_salt = self._options.salt or secrets.token_hex(4)
-            self._folder = Path(self._options.records) / self._options.run
-            self.live = Live()
-            self._options.sources = getattr(runner, "worker_count", 1)
-            if self.profile.traffic.search and self._options.sources > 1:
-                raise ProfileError(
-                    f"{self.profile.name}: a search judges its own records and runs in one process; start one worker"
-                )
-            if self._folder.exists() and any(self._folder.iterdir()):
-                raise ProfileError(f"{self._folder}: holds a run already; choose another --run-name or --records")
-            if self._options.wait_s:
-                self._await_server()
-            if self.is_master:
-                self._collector = Collector(Path(self._options.records), self.live)
+            if isinstance(self._environment.runner, WorkerRunner):
+                self._join()
             else:
-                self._begin(0)
+                self._prepare()
         # Locust logs what a listener raises and goes on without it.
         except (ProfileError, SloError, ValueError, OSError, psutil.Error) as error:
             self._give_up(str(error))
+        except Exception as error:
+            logger.exception("a run could not begin")
+            self._give_up(repr(error))
+
+    def _prepare(self) -> None:
+        options = self._options
+        self._environment.process_exit_code = NOT_RUN
+        # Sent to workers with their users, which Locust starts even if nothing comes of the run.
+        options.ranks = {}
+        self.profile, self._slo = self._read()
+        # Beside the option: Locust's page may start several runs, and keeps what the option was.
+        options.run = options.run_name or _name(self.profile)
+        options.run_salt = options.salt or secrets.token_hex(4)
+        self._folder = Path(options.records) / options.run
+        self.live = Live()
+        if self._folder.exists() and any(self._folder.iterdir()):
+            raise ProfileError(f"{self._folder}: holds a run already; choose another --run-name or --records")
+        if options.wait_s:
+            self._await_server()
+        # Of those who are there now, not Locust's numbers: those count every worker that ever was.
+        ranks = {node: rank for rank, node in enumerate(sorted(self._present()))}
+        if self.profile.traffic.search and len(ranks) > 1:
+            raise ProfileError(
+                f"{self.profile.name}: a search judges its own records and runs in one process; start one worker"
+            )
+        options.ranks = ranks
+        if self.is_master:
+            self._collector = Collector(Path(options.records), self.live)
+        else:
+            self._begin(0)
+
+    def _join(self) -> None:
+        runner: Any = self._environment.runner
+        rank = self._options.ranks.get(runner.client_id)
+        if rank is None:
+            logger.info("this worker has no part in the run: it came too late, or the run could not begin")
+            return
+        self.profile, self._slo = self._read()
+        self._begin(rank)
 
     def _give_up(self, error: str) -> None:
+        self.gave_up = True
         self._environment.process_exit_code = NOT_RUN
         sys.stderr.write(f"loadtest: error: {error}\n")
-        runner = self._environment.runner
-        if isinstance(runner, WorkerRunner):
-            runner.send_message(MESSAGE, {"error": error})
-        elif self.is_master:
-            self._collector = self._collector or Collector(Path(self._options.records), self.live)
-            self._collector.error = error
+        if isinstance(self._environment.runner, WorkerRunner):
+            self._environment.runner.send_message(MESSAGE, {"error": error})
 
     def _begin(self, source: int) -> None:
         runner, options, profile = self._environment.runner, self._options, self.profile
         client, cap = self._server()
         sizing = Sizing.of(lambda text: _count(client, text), cap)
-        sources = options.sources
+        sources = len(options.ranks)
         mix = Mix(profile.parts(sizing, options.run_salt, source / sources), profile.seed, source)
         run = Run(
             run=options.run,
@@ -168,15 +178,17 @@ class Session:
         else:
             self._sink = file_of(Path(options.records), run)
         logger.info("profile %s, model %s, cap %s; records: %s", profile.name, client.model, cap, self._folder)
-        self._users = self._done = self._failed = 0
-        self.load = Load(profile, client, mix, self.take, slo=self._slo, source=source % sources, sources=sources)
+        self._done = self._failed = 0
+        load = self.load = Load(profile, client, mix, self.take, slo=self._slo, source=source, sources=sources)
         # What is there stays: a collection that looks at all modules keeps greenlets waiting for tens of milliseconds.
         gc.collect()
         gc.freeze()
         self._lag.start()
         self._watch.start()
-        self.load.start()
-        self._progress = gevent.spawn(self._report, self.load, client)
+        # No user of Locust's sends: it ends users in the middle of an answer when workers come or go.
+        sender = gevent.spawn(load.run)
+        sender.link_exception(lambda dead: self._give_up(repr(dead.exception)))
+        self._greenlets = [sender, gevent.spawn(self._report, load, client)]
 
     def _server(self) -> tuple[Client, int | None]:
         """A client of the model to load, and the server's cap."""
@@ -214,44 +226,53 @@ class Session:
         return Client(f"{parts.scheme}://{parts.netloc}", ""), parts.path or "/metrics"
 
     def stop(self) -> None:
-        """Ends a run; of a master or a single process: reports it."""
-        for part in (self._progress, self._watch):
-            if part is not None:
-                part.kill() if isinstance(part, gevent.Greenlet) else part.stop()
-        self._progress = self._watch = None
+        """Ends a run if one is on; of a master or a single process: reports it. Returns once that is done."""
+        # Several ask for it at once: the shape, a signal and Locust's page.
+        with self._stopping:
+            if self._sink is not None:
+                self._end(self._sink, self.load)
+            if self._collector is not None:
+                self._collect(self._collector)
+                self._collector = None
+            self.gave_up = False
+
+    def _end(self, sink: Sink, load: Load | None) -> None:
+        complete = load is not None and load.ended
+        if load is not None and load.under_way:
+            logger.info("%d requests were under way and are not in the results", load.under_way)
+        gevent.killall(self._greenlets)
+        if self._watch is not None:
+            self._watch.stop()
         self._lag.stop()
-        if self.load is not None and self.load.under_way:
-            logger.info("%d requests were under way and are not in the results", self.load.under_way)
-        self.load = None
-        if self._sink is not None:
-            self._sink.close()
-            self._sink = None
-            if isinstance(self._environment.runner, WorkerRunner):
-                self._environment.process_exit_code = KEPT  # the verdict is the master's
-            else:
-                self._conclude()
-        if self._collector is not None:
-            self._collect(self._collector)
-            self._collector = None
+        self.load = self._sink = self._watch = None
+        sink.close(complete=complete)
+        if self.gave_up:
+            return
+        if isinstance(self._environment.runner, WorkerRunner):
+            self._environment.process_exit_code = KEPT  # the verdict is the master's
+        else:
+            self._conclude()
 
     def _collect(self, collector: Collector) -> None:
         assert self._environment.runner
+        # Locust may start workers again that are ready after their end.
+        self._options.ranks = {}
         # At Ctrl-C Locust tells workers to quit only after this.
-        for node in collector.sources - collector.done:
+        for node in collector.sources - collector.ended.keys():
             self._environment.runner.send_message("stop", client_id=node)
         with suppress(_TookTooLong), gevent.Timeout(COLLECT_S, _TookTooLong):
-            while collector.sources & self._present() - collector.done:
+            while collector.sources & self._present() - collector.ended.keys():
                 gevent.sleep(0.05)
         collector.close()
-        if collector.error:
-            self._environment.process_exit_code = NOT_RUN
-        elif collector.sources:
+        if collector.sources and not self.gave_up:
             self._conclude()
 
     def _present(self) -> set[str]:
-        """Workers that have not gone missing."""
-        clients = getattr(self._environment.runner, "clients", {})
-        return {node for node, client in clients.items() if client.state != STATE_MISSING}
+        """Workers that have not gone missing; a single process is its own."""
+        runner: Any = self._environment.runner
+        if not self.is_master:
+            return {runner.client_id}
+        return {node for node, client in runner.clients.items() if client.state != STATE_MISSING}
 
     def _conclude(self) -> None:
         assert self._folder
@@ -275,13 +296,13 @@ class Session:
     def _receive(self, msg: Any, **_: Any) -> None:
         if self._collector is None:
             return
+        if error := msg.data.get("error"):
+            self._give_up(f"worker {msg.node_id}: {error}")
+            return
         try:
             self._collector.take(msg.node_id, msg.data)
         except OSError as error:
             self._give_up(str(error))
-        else:
-            if self._collector.error:
-                self._give_up(f"worker {msg.node_id}: {self._collector.error}")
 
     def take(self, record: Record) -> None:
         """Writes a record down, and shows it in Locust's statistics unless it is of the warm-up."""

@@ -14,7 +14,7 @@ from loadtest.page import Live
 from loadtest.records import Record, Run, Sample, Writer, record_of, run_of, sample_of
 
 MESSAGE = "loadtest"
-"""Of a worker to the master: the head of its run, lines, and whether it has sent everything."""
+"""Of a worker to the master: the head of its run, lines, and how it ended; or why it could not begin."""
 PERIOD_S = 1.0
 
 logger = logging.getLogger(__name__)
@@ -29,8 +29,8 @@ class Sink(Protocol):
     def drained(self) -> None:
         """Says that all requests have ended."""
 
-    def close(self) -> None:
-        """No line will follow."""
+    def close(self, *, complete: bool) -> None:
+        """No line will follow; `complete`: all requests had ended."""
 
 
 class File(Writer):
@@ -55,7 +55,7 @@ class ToMaster:
     def __init__(self, runner: WorkerRunner, run: Run) -> None:
         self._runner, self._head = runner, asdict(run)
         self._lines: list[dict[str, Any]] = []
-        self._done = False
+        self._complete: bool | None = None
         self._flush()
         self._greenlet = gevent.spawn(self._go)
 
@@ -65,13 +65,14 @@ class ToMaster:
 
     def drained(self) -> None:
         """Sends what is left, and that it is all."""
-        self._done = True
+        self._complete = True
         self._flush()
 
-    def close(self) -> None:
-        """The same."""
+    def close(self, *, complete: bool) -> None:
+        """Sends what is left, and that no more will come."""
         self._greenlet.kill()
-        self.drained()
+        self._complete = complete
+        self._flush()
 
     def _go(self) -> None:
         while True:
@@ -80,20 +81,18 @@ class ToMaster:
 
     def _flush(self) -> None:
         lines, self._lines = self._lines, []
-        self._runner.send_message(MESSAGE, {"run": self._head, "lines": lines, "done": self._done})
+        self._runner.send_message(MESSAGE, {"run": self._head, "lines": lines, "complete": self._complete})
 
 
 class Collector:
     """The master's side: writes what the workers send, a file for each, and shows it.
 
     Attributes:
-        done: Workers that have sent everything, by node.
-        error: What a worker could not start for; None if all did.
+        ended: Workers that send no more requests, by node, and whether all of theirs had ended.
     """
 
     def __init__(self, folder: Path, live: Live) -> None:
-        self.done: set[str] = set()
-        self.error: str | None = None
+        self.ended: dict[str, bool] = {}
         self._folder, self._live, self._files = folder, live, dict[str, File]()
 
     @property
@@ -107,9 +106,6 @@ class Collector:
         Raises:
             OSError: A file cannot be written.
         """
-        if error := data.get("error"):
-            self.error = error
-            return
         if node not in self._files:
             self._files[node] = file_of(self._folder, run_of(data["run"]))
         for line in data["lines"]:
@@ -117,10 +113,10 @@ class Collector:
             self._files[node].write(made)
             if isinstance(made, Record):
                 self._live.add(made)
-        if data["done"]:
-            self.done.add(node)
+        if data["complete"] is not None:
+            self.ended[node] = data["complete"]
 
     def close(self) -> None:
-        """Closes the files; those of workers that are not done remain incomplete."""
+        """Closes the files; those of workers that did not come to their end remain incomplete."""
         for node, file in self._files.items():
-            file.close(complete=node in self.done)
+            file.close(complete=self.ended.get(node, False))

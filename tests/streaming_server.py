@@ -1,6 +1,7 @@
 """An OpenAI-like server for tests of load tests: streams tokens on a schedule, or a fault, by the model's name.
 
-It runs in a process of its own: `python streaming_server.py` prints its port. `GET /sent` tells when what was sent.
+It runs in a process of its own: `python streaming_server.py [PORT]` prints its port. `GET /sent` tells when what
+was sent.
 """
 
 from __future__ import annotations
@@ -254,12 +255,12 @@ async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
         writer.close()
 
 
-async def main() -> None:
-    server = await asyncio.start_server(serve, "127.0.0.1", 0, backlog=1024)
+async def main(port: int = 0) -> None:
+    server = await asyncio.start_server(serve, "127.0.0.1", port, backlog=1024)
     sys.stdout.write(f"{server.sockets[0].getsockname()[1]}\n")
     sys.stdout.flush()
     await server.serve_forever()
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    asyncio.run(main(*map(int, sys.argv[1:])))

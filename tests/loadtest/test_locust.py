@@ -13,6 +13,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -68,24 +69,37 @@ def test_failures_are_counted_by_class_and_make_the_exit_code(server: str, tmp_p
     assert "no_done" in done.stderr
 
 
-def test_ctrl_c_ends_at_once_and_reports_what_was_recorded(server: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_ends_at_once_and_reports_what_was_recorded_as_incomplete(
+    server: str, tmp_path: Path, number: signal.Signals
+) -> None:
     write(tmp_path, "closed", "users = 2", 600)
     path = tmp_path / "run" / "records-0.jsonl"
-    arguments = command(server, tmp_path, "schedule", "--headless", "--only-summary")
-    with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 60
-        while not (path.exists() and len(records.read(path).records) >= 2) and time.monotonic() < deadline:
-            try:
-                process.wait(0.1)
-            except subprocess.TimeoutExpired:
-                continue
-            break
-        process.send_signal(signal.SIGINT)
-        process.wait(10)
+    with started(command(server, tmp_path, "schedule", "--headless", "--only-summary")) as process:
+        wait_for(lambda: path.exists() and len(records.read(path).records) >= 2)
+        process.send_signal(number)
+        assert process.wait(20) == 1
     log = records.read(path)
     assert len(log.records) >= 2
-    assert log.complete
-    assert (tmp_path / "run" / "report.html").is_file()
+    assert not log.complete
+    assert "did not come to its end" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_single_process_whose_set_up_takes_longer_than_a_second_runs(tmp_path: Path) -> None:
+    write(tmp_path, "open", "rate = 20", 1)
+    script = Path(__file__).parents[1] / "streaming_server.py"
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+        options = ["--headless", "--only-summary", "--wait-s", "30"]
+        with started(command(f"http://127.0.0.1:{port}", tmp_path, "plain", *options)) as process:
+            # It looks every half second.
+            for _ in range(5):
+                closed.accept()[0].close()
+            closed.close()
+            with subprocess.Popen([sys.executable, str(script), str(port)], stdout=subprocess.DEVNULL) as server:
+                assert process.wait(30) == 0
+                server.terminate()
+    assert records.read(tmp_path / "run" / "records-0.jsonl").complete
 
 
 @contextmanager
@@ -137,6 +151,74 @@ def test_two_workers_share_the_rate_and_the_master_reports_for_both(server: str,
 
 
 @pytest.mark.slow
+def test_workers_that_come_and_go_leave_each_of_the_users_with_one_worker(server: str, tmp_path: Path) -> None:
+    write(tmp_path, "closed", "users = 4", 8)
+    master, worker = distributed(server, tmp_path, "schedule")
+    log = tmp_path / "master.log"
+
+    def told(text: str) -> bool:
+        return log.exists() and text in log.read_text()
+
+    with started([*master, "--expect-workers", "3", "--logfile", str(log)]) as leader, started(worker) as gone:
+        wait_for(lambda: told("(index 0) reported as ready"))
+        with started(worker):
+            wait_for(lambda: told("(index 1) reported as ready"))
+            gone.terminate()
+            wait_for(lambda: told("(index 0) quit"))
+            with started(worker), started(worker):
+                wait_for(lambda: len(read_logs(tmp_path / "run")) == 3)
+                with started(worker) as late:
+                    wait_for(lambda: told("(index 4) reported as ready"))
+                    assert leader.wait(60) == 0
+                    assert late.wait(20) == 0
+    logs = records.read_all(tmp_path / "run")
+    assert [(log.run.source, log.run.sources, log.complete) for log in logs] == [(i, 3, True) for i in range(3)]
+    assert [most_under_way(log.records) for log in logs] == [2, 1, 1]
+
+
+def most_under_way(found: list[records.Record]) -> int:
+    return max(sum(a.sent_at <= b.sent_at < a.sent_at + a.e2e_s for a in found) for b in found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("headless", [True, False])
+def test_a_master_that_is_terminated_reports_what_its_workers_had_sent(
+    server: str, tmp_path: Path, headless: bool
+) -> None:
+    write(tmp_path, "open", "rate = 20", 600)
+    master, worker = distributed(server, tmp_path, "schedule")
+    if not headless:
+        master.remove("--headless")
+        master += ["--autostart", "--autoquit", "0", "--web-host", "127.0.0.1", "--web-port", str(free_port())]
+    folder = tmp_path / "run"
+    with started(worker) as one, started(worker) as two, started(master) as leader:
+        wait_for(lambda: len(read_logs(folder)) == 2 and all(len(log.records) >= 8 for log in read_logs(folder)))
+        leader.terminate()
+        assert leader.wait(30) == 1
+        assert [one.wait(20), two.wait(20)] == [0, 0]
+    logs = records.read_all(folder)
+    assert [log.complete for log in logs] == [False, False]
+    # What a worker had not yet sent when it was told to stop.
+    assert all(log.samples[-1].at > max(r.sent_at + r.e2e_s for r in log.records) for log in logs)
+    assert "worker 0, 1 did not come to its end" in (folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("limit", "number"), [("2", None), ("0", signal.SIGINT), ("0", signal.SIGTERM)])
+def test_a_master_without_workers_has_run_nothing(
+    server: str, tmp_path: Path, limit: str, number: signal.Signals | None
+) -> None:
+    write(tmp_path, "closed", "users = 1", 1)
+    master, _ = distributed(server, tmp_path, "plain", "--expect-workers-max-wait", limit)
+    with started([*master, "--logfile", str(tmp_path / "log")]) as leader:
+        if number is not None:
+            wait_for(lambda: "waiting for" in (tmp_path / "log").read_text() if (tmp_path / "log").exists() else False)
+            leader.send_signal(number)
+        _, err = leader.communicate(timeout=30)
+        assert leader.returncode == 2
+        assert "loadtest: error: 0 of 2 workers are here; " in err
+
+
+@pytest.mark.slow
 def test_what_a_worker_that_is_killed_had_sent_is_kept_and_its_loss_ends_in_the_report(
     server: str, tmp_path: Path
 ) -> None:
@@ -148,9 +230,10 @@ def test_what_a_worker_that_is_killed_had_sent_is_kept_and_its_loss_ends_in_the_
         one.kill()
         kept = len(records.read_all(lost)[0].records), len(records.read_all(lost)[1].records)
         leader.send_signal(signal.SIGINT)
-        assert leader.wait(60) is not None
-    [lost_one] = [log.run.source for log in records.read_all(lost) if not log.complete]
-    assert f"worker {lost_one} did not come to its end" in (lost / "report.html").read_text()
+        assert leader.wait(60) == 1
+    # Neither the worker that is gone nor the interrupted one.
+    assert not any(log.complete for log in records.read_all(lost))
+    assert "worker 0, 1 did not come to its end" in (lost / "report.html").read_text()
     after = [len(log.records) for log in records.read_all(lost)]
     assert all(now >= before for now, before in zip(after, kept, strict=True))
     assert (lost / "report.html").is_file()
@@ -177,6 +260,13 @@ def test_locusts_own_page_starts_a_run_and_shows_the_metrics_of_language_models(
             text: str = answer.read().decode()
             return text
 
+    def swarm(name: str) -> bool:
+        form = urllib.parse.urlencode({"user_count": 1, "spawn_rate": 1, "host": server, "run_name": name})
+        return bool(json.loads(get("/swarm", form.encode()))["success"])
+
+    def begins(name: str) -> bool:
+        return swarm(name) and (tmp_path / name).exists()
+
     def answers() -> bool:
         with suppress(OSError):
             return bool(get("/"))
@@ -190,8 +280,10 @@ def test_locusts_own_page_starts_a_run_and_shows_the_metrics_of_language_models(
             get("/report")
         # The form's own field: a second run must not be told that the first one's folder is taken.
         for name in ("first", "second"):
-            form = urllib.parse.urlencode({"user_count": 1, "spawn_rate": 1, "host": server, "run_name": name})
-            assert json.loads(get("/swarm", form.encode()))["success"]
+            # The second time it is refused, which must not end the run after it.
+            swarm("first")
+            wait_for(partial(begins, name))
+            # Locust's page keeps what it has told for two seconds: it may still be that the first one has stopped.
             wait_for((tmp_path / name / "report.html").is_file)
             wait_for(lambda: json.loads(get("/stats/requests"))["state"] == "stopped")
             stats = json.loads(get("/stats/requests"))
@@ -200,7 +292,6 @@ def test_locusts_own_page_starts_a_run_and_shows_the_metrics_of_language_models(
             assert [row["name"] for row in table["data"]] == ["sum", "all"]
             assert table["data"][1]["ttft_50"] > 0
             assert "Latencies, in milliseconds" in get("/report")
-            assert (tmp_path / name / "report.html").is_file()
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
 
@@ -224,10 +315,16 @@ def test_a_server_without_the_model_is_told_in_one_line(server: str, tmp_path: P
     assert "/v1/models lists plain" in done.stderr
 
 
-def test_a_profile_that_is_not_there_is_told_in_one_line(server: str, tmp_path: Path) -> None:
-    done = run(command(server, tmp_path, "plain", "--headless"))
-    assert done.returncode != 0
+def test_a_profile_that_is_not_there_or_an_slo_that_is_none_is_told_in_one_line(server: str, tmp_path: Path) -> None:
+    options = command(server, tmp_path, "plain", "--headless")
+    done = run(options)
+    assert done.returncode == 2
     assert "no such profile" in done.stderr
+    assert "Traceback" not in done.stderr
+    write(tmp_path, "closed", "users = 1", 1)
+    done = run([*options, "--slo", "speed=1"])
+    assert done.returncode == 2
+    assert "loadtest: error: " in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -92,7 +92,7 @@ def test_the_lag_of_an_open_loop_holds_the_making_of_the_prompt(server: str, tmp
         return Prompt("sum", "en", (Message("user", "6 × 7 = ?"),))
 
     found: list[Record] = []
-    Load(profile, Client(server, "plain"), Mix([Part(slow, 1.0)], 0), found.append).dispatch()
+    Load(profile, Client(server, "plain"), Mix([Part(slow, 1.0)], 0), found.append).run()
     assert found
     assert all(record.dispatch_lag_s is not None and record.dispatch_lag_s >= 0.1 for record in found)
 
@@ -157,7 +157,7 @@ def test_slow_answers_do_not_close_the_open_loop_and_its_bound_is_told(server: s
     found: list[Record] = []
     # Every answer takes over two seconds, and all arrivals are within one.
     load = Load(profile, Client(server, "schedule"), Mix(profile.parts(SIZING), 0), found.append)
-    load.dispatch()
+    load.run()
     due = list(arrivals(profile.traffic.stages, 0))
     assert len(found) == len(due) > 30
     assert sum(record.outcome == Outcome.OK for record in found) == 20
