@@ -28,6 +28,7 @@ ROW: dict[str, Any] = {
     "eager_us": 5000.0,
     "bf16_us": None,
     "marlin_us": None,
+    "aqlm_us": None,
 }
 
 

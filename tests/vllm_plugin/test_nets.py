@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vllm_plugin import inside_nets
-from vllm_plugin.engine_process import EngineProcess, Question
+from vllm_plugin.engine_process import Answer, EngineProcess, Question
 from vqserve.format.errors import UsageError
 from vqserve.reference import repetition as reference
 from vqserve.settings import ANTI_REPETITION, AntiRepetition
@@ -17,6 +17,23 @@ from vqserve.vllm_plugin.counters import STEERED, THINKING_CLOSED, Counters, col
 from vqserve.vllm_plugin.repetition import LONGEST
 
 ON_CPU = "vqserve.vllm_plugin.nets_cpu:SafetyNets"
+
+
+def steered_by_step(answers: list[Answer], prompts: list[list[int]], setting: AntiRepetition) -> list[int]:
+    """In how many answers the likeliest n-th token was penalised; asserts that the one taken is the likeliest then."""
+    steered, changed = [0] * len(answers[0].logits), 0
+    for answer, prompt in zip(answers, prompts, strict=True):
+        out = answer.tokens[len(prompt) :]
+        for n, (token, logits) in enumerate(zip(out, answer.logits, strict=True)):
+            costs = reference.penalties(out[:n], **vars(setting), longest=LONGEST)
+            steered[n] += costs.get(int(logits.argmax()), 0) > 0
+            wanted = logits.clone()
+            for other, cost in costs.items():
+                wanted[other] -= cost
+            assert wanted[token] == wanted.max()
+            changed += token != int(logits.argmax())
+    assert changed > 0
+    return steered
 
 
 @pytest.mark.slow
@@ -54,19 +71,7 @@ def test_an_engine_picks_the_token_that_is_likeliest_after_the_penalty(
         answers, counted = engines.ask(question)
     finally:
         engines.stop()
-    steered = changed = 0
-    for answer, prompt in zip(answers, prompts, strict=True):
-        out = answer.tokens[len(prompt) :]
-        for n, (token, logits) in enumerate(zip(out, answer.logits, strict=True)):
-            costs = reference.penalties(out[:n], **vars(setting), longest=LONGEST)
-            steered += costs.get(int(logits.argmax()), 0) > 0
-            wanted = logits.clone()
-            for other, cost in costs.items():
-                wanted[other] -= cost
-            assert wanted[token] == wanted.max()
-            changed += token != int(logits.argmax())
-    assert counted[STEERED] == steered
-    assert changed > 0
+    assert counted[STEERED] == sum(steered_by_step(answers, prompts, setting))
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "kernels",
         help="one layer's routed experts at GLM-5.2's sizes",
         description="One layer's routed experts at GLM-5.2's sizes: time, share of the card's limits, and beside it "
-        "torch's operators and, where vLLM is installed, its own experts in bf16 and 4 bit.",
+        "torch's operators and, where they are installed, vLLM's own experts in bf16 and 4 bit and AQLM's kernels.",
     )
     known = ["mix", *TIERS]
     kernels.add_argument(
@@ -101,7 +101,7 @@ def _kernels(args: argparse.Namespace) -> int:
         f"copy {found['copy bytes per second'] / 1e12:.2f} TB/s"
     )
     columns = ["tiers", "kernel", "ranks", "tokens", "us", "MB", "% of copy", "% of shared"]
-    columns += ["torch", "vLLM bf16", "vLLM 4 bit"]
+    columns += ["torch", "vLLM bf16", "vLLM 4 bit", "AQLM 2 bit"]
     print_table(title, columns, [_shown(row) for row in found["rows"]], names=2)
     _print_targets(found["targets"])
     if args.json:
@@ -193,7 +193,7 @@ def real_config() -> dict[str, Any]:
 
 
 def _shown(row: Mapping[str, Any]) -> list[str]:
-    others = [row[name] for name in ("eager_us", "bf16_us", "marlin_us")]
+    others = [row[name] for name in ("eager_us", "bf16_us", "marlin_us", "aqlm_us")]
     return [
         row["tiers"],
         row["kernel"],

@@ -30,7 +30,7 @@ GATED = 2
 PAIRS = 64
 """A graph has as many calls, each for its own tokens, as come to so many choices of experts; at least one."""
 EAGER_TOKENS = 16
-"""The largest batch that torch's operators are timed with: they take minutes for more."""
+"""The largest batch that torch's operators are timed with: they take minutes for more. AQLM's are for few, too."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,9 @@ class Row:
         copy_share: `nbytes` over time, as a share of the measured copy bandwidth.
         shared_share: Reads of tables or codewords over time, as a share of what shared memory moves.
         error: Relative error of the tokens compared.
-        eager_us, bf16_us, marlin_us: Torch dequantizing, vLLM's fused experts in bf16 and in 4 bit; None if not run.
+        eager_us: Torch dequantizing; None if not run, as in what follows.
+        bf16_us, marlin_us: vLLM's fused experts in bf16 and in 4 bit.
+        aqlm_us: AQLM's kernels at 2 bit.
     """
 
     tiers: str
@@ -67,6 +69,7 @@ class Row:
     eager_us: float | None
     bf16_us: float | None
     marlin_us: float | None
+    aqlm_us: float | None
 
 
 @dataclass(frozen=True)
@@ -155,8 +158,11 @@ def targets(rows: Sequence[Row], copy: float) -> list[Target]:
     return found
 
 
-def _stock(geometry: Geometry, ranks: int, batches: Sequence[int]) -> dict[int, tuple[float | None, float | None]]:
-    """Times of vLLM's own experts per batch, in bf16 and in 4 bit; None where vLLM or the memory for it is missing."""
+def _stock(geometry: Geometry, ranks: int, batches: Sequence[int]) -> dict[int, tuple[float | None, ...]]:
+    """Times per batch of vLLM's own experts, in bf16 and in 4 bit, and of AQLM's kernels.
+
+    None where vLLM, aqlm, its compiler or the memory is missing.
+    """
     sizes = geometry.n_routed_experts, geometry.hidden_size, geometry.moe_intermediate_size // ranks
     times: list[Sequence[float | None]] = []
     for make in (stock.fused_bf16, stock.marlin_4_bit):
@@ -169,7 +175,20 @@ def _stock(geometry: Geometry, ranks: int, batches: Sequence[int]) -> dict[int, 
         except (ImportError, torch.cuda.OutOfMemoryError):
             times.append([None] * len(batches))
         torch.cuda.empty_cache()
+    try:
+        call = stock.aqlm_2_bit(*sizes)
+        times.append([_aqlm_us(call, geometry, tokens) for tokens in batches])
+        del call
+    except (ImportError, OSError, torch.cuda.OutOfMemoryError):
+        times.append([None] * len(batches))
+    torch.cuda.empty_cache()
     return dict(zip(batches, zip(*times, strict=True), strict=True))
+
+
+def _aqlm_us(call: stock.Call, geometry: Geometry, tokens: int) -> float | None:
+    if tokens > EAGER_TOKENS:
+        return None
+    return graph_us([partial(call, x, weights, ids.cpu()) for x, weights, ids in _routings(geometry, tokens, 0)])
 
 
 def _routings(geometry: Geometry, tokens: int, seed: int) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -189,7 +208,7 @@ def _row(
     seed: int,
     copy: float,
     shared: float,
-    theirs: tuple[float | None, float | None],
+    theirs: tuple[float | None, ...],
 ) -> Row:
     routings = _routings(geometry, tokens, seed)
     x, weights, ids = routings[0]

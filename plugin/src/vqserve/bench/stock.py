@@ -1,4 +1,4 @@
-"""What our kernels are compared with: torch dequantizing as it goes, and vLLM's own fused experts."""
+"""What our kernels are compared with: torch dequantizing as it goes, vLLM's own fused experts, and AQLM's kernels."""
 
 from __future__ import annotations
 
@@ -63,9 +63,50 @@ def marlin_4_bit(number: int, hidden: int, width: int) -> Call:
     return lambda x, weights, ids: fused_marlin_moe(x, gate_up, down, None, None, *scales, weights, ids, kind)
 
 
+def aqlm_2_bit(number: int, hidden: int, width: int) -> Call:
+    """AQLM's kernels for vectors, two codebooks of 256 codewords of 8 weights: 2 bits, as tier c. Ids on the host.
+
+    AQLM has no experts: every choice is two products of its own, one with gate and up, which lie in one matrix.
+
+    Raises:
+        ImportError: The package aqlm is not installed.
+        OSError: Its kernels could not be compiled: that takes nvcc and ninja.
+        RuntimeError: They could not, or one's result is not the sum of its codewords.
+    """
+    from aqlm.inference_kernels import cuda_kernel  # noqa: F401 # compiles and registers the operators
+
+    product = torch.ops.aqlm.code2x8_matmat
+    books = _normal(2, 256, 1, 8)
+    gate_up, down = _bytes(number, 2 * width, hidden // 8, 2), _bytes(number, hidden, width // 8, 2)
+    ones = torch.ones(max(2 * width, hidden), 1, 1, 1, dtype=torch.bfloat16, device="cuda")
+
+    def multiply(x: Tensor, codes: Tensor) -> Tensor:
+        out: Tensor = product(x, codes, books, ones[: len(codes)], None)
+        return out
+
+    def call(x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for token, chosen in enumerate(ids.tolist()):
+            for choice, expert in enumerate(chosen):
+                gate, up = multiply(x[token : token + 1], gate_up[expert]).chunk(2, dim=1)
+                out[token] += weights[token, choice] * multiply(silu(gate) * up, down[expert])[0]
+        return out
+
+    x, codes = _normal(1, hidden), gate_up[0].long() & 255
+    plain = (books[0, codes[..., 0], 0] + books[1, codes[..., 1], 0]).flatten(1).double()
+    expected = x.double() @ plain.t()
+    if not (error := float((multiply(x, gate_up[0]) - expected).norm() / expected.norm())) < 1e-2:
+        raise RuntimeError(f"AQLM's product: relative error {error:.2g}, not reported")
+    return call
+
+
 def _normal(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.bfloat16, device="cuda").mul_(shape[-1] ** -0.5)
 
 
 def _words(*shape: int) -> Tensor:
     return torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device="cuda")
+
+
+def _bytes(*shape: int) -> Tensor:
+    return torch.randint(-128, 128, shape, dtype=torch.int8, device="cuda")
