@@ -42,8 +42,7 @@ SLO ?=
 LOCUST ?= --headless --only-summary
 .PHONY: loadtest
 loadtest: .venv/.dev
-	@$(BIN)/python -m locust --locustfile loadtest/locustfile.py --host '$(HOST)' --load-profile '$(PROFILE)' \
-	  --slo '$(SLO)' $(LOCUST)
+	@$(BIN)/python -m loadtest --host '$(HOST)' --load-profile '$(PROFILE)' --slo '$(SLO)' $(LOCUST)
 
 ## demo-load  serve the demo model, load it for a minute (PROFILE=smoke) and open the report
 .PHONY: demo-load

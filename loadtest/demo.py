@@ -71,7 +71,7 @@ def main() -> int:
     run = options.run_name or time.strftime(f"demo-{Path(options.load_profile).stem}-%Y%m%d-%H%M%S", time.gmtime())
     folder = options.records / run
     sys.stderr.write("starting the demo's server; this takes a minute\n")
-    locust = [sys.executable, "-m", "locust", "--locustfile", str(Path(__file__).with_name("locustfile.py"))]
+    locust = [sys.executable, "-m", "loadtest"]
     locust += [
         "--headless",
         "--only-summary",

@@ -52,7 +52,7 @@ kind = "sum"
 
 def load(server: Server, folder: Path, profile: str, key: str = KEY, *options: str) -> subprocess.CompletedProcess[str]:
     (folder / "p.toml").write_text(profile)
-    command = [sys.executable, "-m", "locust", "-f", "loadtest/locustfile.py", "--headless", "--only-summary"]
+    command = [sys.executable, "-m", "loadtest", "--headless", "--only-summary"]
     command += ["--host", server.url, "--load-profile", str(folder / "p.toml"), "--records", str(folder)]
     command += ["--run-name", "run", "--watch-pid", str(server.process.pid), *options]
     environment = {**os.environ, "VLLM_API_KEY": key}

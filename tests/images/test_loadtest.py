@@ -31,7 +31,7 @@ def server() -> Iterator[str]:
 
 
 def test_it_shows_its_options(name: str) -> None:
-    said = output_of(name, "locust", "--help")
+    said = output_of(name)
     assert "--load-profile" in said
     assert "--slo" in said
 

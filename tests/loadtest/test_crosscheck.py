@@ -82,7 +82,7 @@ def run(command: list[str], folder: Path, name: str) -> None:
 
 
 def ours(url: str, model: Path, folder: Path) -> Measured:
-    command = [sys.executable, "-m", "locust", "-f", "loadtest/locustfile.py", "--headless", "--only-summary"]
+    command = [sys.executable, "-m", "loadtest", "--headless", "--only-summary"]
     command += [
         "--host",
         url,

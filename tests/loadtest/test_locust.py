@@ -22,7 +22,7 @@ from loadtest import handover, records
 from loadtest.shapes import Stage, arrivals
 
 ROOT = Path(__file__).parents[2]
-LOCUST = [sys.executable, "-m", "locust", "-f", "loadtest/locustfile.py"]
+LOCUST = [sys.executable, "-m", "loadtest"]
 PROFILE = """description = "d"
 [traffic]
 kind = "{kind}"

@@ -73,7 +73,7 @@ def test_at_two_hundred_streams_on_one_core_times_are_off_by_less_than_two_milli
 
 def _measure(server: str, profile: Path, folder: Path) -> tuple[dict[str, list[float]], str]:
     """Percentiles of what times are off by, and a line that shows them."""
-    command = [*preferred(cores()[0]), sys.executable, "-m", "locust", "-f", "loadtest/locustfile.py", "--headless"]
+    command = [*preferred(cores()[0]), sys.executable, "-m", "loadtest", "--headless"]
     command += ["--only-summary", "--host", server, "--model", "schedule", "--load-profile", str(profile)]
     command += ["--records", str(folder), "--run-name", "run"]
     with subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.DEVNULL) as process:
