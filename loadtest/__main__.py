@@ -1,5 +1,7 @@
 """`python -m loadtest OPTIONS`: Locust with this package's locustfile, and its options in `--help`."""
 
+from __future__ import annotations
+
 import os
 from pathlib import Path
 

@@ -44,7 +44,7 @@ def test_it_holds_neither_torch_nor_vllm(name: str) -> None:
 def test_it_runs_as_nobody_in_particular_and_says_what_it_is(name: str) -> None:
     config = configuration(name)
     assert config["User"] == "10001:10001"
-    assert config["Cmd"] == ["locust", "--help"]
+    assert config["Cmd"] == ["python", "-m", "loadtest", "--help"]
     assert not config.get("Entrypoint")
     assert config["Labels"]["org.opencontainers.image.title"] == "vqserve loadtest"
 
