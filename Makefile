@@ -35,6 +35,20 @@ demo: .venv/.runtime
 demo-model: .venv/.runtime
 	$(BIN)/python plugin/demo/make_model.py
 
+## loadtest  load the server at HOST as loadtest/profiles/PROFILE.toml says, judged by SLO; LOCUST= for Locust's page
+HOST ?= http://127.0.0.1:8001
+PROFILE ?= smoke
+SLO ?=
+LOCUST ?= --headless --only-summary
+.PHONY: loadtest
+loadtest: .venv/.dev
+	@$(BIN)/python -m loadtest --host '$(HOST)' --load-profile '$(PROFILE)' --slo '$(SLO)' $(LOCUST)
+
+## demo-load  serve the demo model, load it for a minute (PROFILE=smoke) and open the report
+.PHONY: demo-load
+demo-load: .venv/.dev
+	@$(BIN)/python -m loadtest.demo '$(DEMO)' --load-profile '$(PROFILE)' --slo '$(SLO)'
+
 ## test    run all tests
 .PHONY: test
 test: .venv/.dev .venv-kernels/.done
@@ -76,8 +90,15 @@ lock: .venv/.dev
 	$(LOCK) --group pyproject.toml:kernels -o $(LOCKS)/kernels.txt
 	$(LOCK) plugin/pyproject.toml --extra cuda --override $(LOCKS)/cuda-overrides.txt --constraint <(sed -n \
 	  '/^torch==\|^apache-tvm-ffi==/d; s/^\([a-z].*==[^ ]*\) .*/\1/p' $(LOCKS)/{cpu,kernels}.txt) -o $(LOCKS)/cuda.txt
+	$(LOCK) --group pyproject.toml:loadtest --constraint $(LOCKS)/dev.txt -o loadtest/locks/loadtest.txt
+	$(LOCK) --group pyproject.toml:crosscheck --constraint <(sed -n '/^click==\|^torch==/d; s/^\([a-z][^ ]*==[^ ]*\) .*/\1/p' $(LOCKS)/{cpu,dev}.txt) \
+	  --override <(echo 'torch ; sys_platform == "never"') $(addprefix --no-emit-package ,$(filter-out click,$(IN_VENV))) \
+	  -o loadtest/locks/crosscheck.txt
 	$(LOCK) --group pyproject.toml:images --constraint $(LOCKS)/cpu.txt -o images/locks/tools.txt
 	$(LOCK) --group pyproject.toml:checkov -o charts/locks/checkov.txt
+
+# Packages of .venv, which folders on top of it leave out.
+IN_VENV = $(shell sed -n 's/^\([a-z][a-z0-9-]*\)==.*/\1/p' $(LOCKS)/cpu.txt $(LOCKS)/dev.txt)
 
 # Debian 12 has glibc 2.36. LOCK_TORCH says where uv finds the CPU build of torch: uv reads none of pip's configuration.
 LOCK_TORCH ?= --torch-backend cpu
@@ -101,18 +122,19 @@ export BIN PODMAN PODMAN_BUILD PODMAN_RUN BASE IMAGES IMAGE_TAG
 image-base:
 	images/base $(LOCAL_BASE)
 
-## image   build the images serve-cpu and ops, and test them in containers
+## image   build the images serve-cpu, ops and loadtest, and test them in containers
 .PHONY: image
 image: .venv/.dev
 	index='$(TORCH_INDEX)'; $(FINDS_TORCH) && index=; \
 	images/build serve-cpu $(IMAGES)/serve-cpu:$(IMAGE_TAG) --build-arg "TORCH_INDEX=$$index"
 	images/build ops $(IMAGES)/ops:$(IMAGE_TAG)
-	$(BIN)/pytest -m system tests/images/test_serve_cpu.py tests/images/test_ops.py
+	images/build loadtest $(IMAGES)/loadtest:$(IMAGE_TAG)
+	$(BIN)/pytest -m system tests/images/test_serve_cpu.py tests/images/test_ops.py tests/images/test_loadtest.py
 
-## test-system  checkov on the chart, and what needs Debian's podman, runc and prometheus: images in containers, monitoring
+## test-system  what needs Debian's podman, runc and prometheus, or other tools: images, monitoring, load tests, checkov
 .PHONY: test-system
-test-system: .venv-checkov/.done image
-	$(BIN)/pytest -m system tests/monitoring
+test-system: .venv-checkov/.done .venv-crosscheck/.done image
+	$(BIN)/pytest -m system tests/monitoring tests/loadtest
 	scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; \
 	for example in pvc download cpu-demo; do \
 	  $(BIN)/helm template glm charts/vqserve --values charts/vqserve/ci/$$example-values.yaml >"$$scratch/$$example.yaml"; \
@@ -141,7 +163,7 @@ test-kube: .venv/.dev
 	images/build demo-model $(IMAGES)/demo-model:$(IMAGE_TAG)
 	$(KUBE_UP)
 	scratch=$$(mktemp -d -p /var/tmp); trap 'rm -rf "$$scratch"' EXIT; \
-	for name in serve-cpu ops demo-model; do \
+	for name in serve-cpu ops loadtest demo-model; do \
 	  $(PODMAN) save --quiet --format oci-archive --output "$$scratch/$$name.tar" $(IMAGES)/$$name:$(IMAGE_TAG); \
 	  $(KUBE_LOAD) "$$scratch/$$name.tar"; rm "$$scratch/$$name.tar"; \
 	done
@@ -159,8 +181,8 @@ SERVE_BUILD ?=
 ## clean   remove .venv and every cache
 .PHONY: clean
 clean:
-	rm -rf .venv .venv-kernels .venv-checkov .hypothesis
-	find plugin ops charts tests -depth \( -name __pycache__ -o -name '*.egg-info' -o -path plugin/build -o -path ops/build \) -exec rm -rf {} +
+	rm -rf .venv .venv-kernels .venv-checkov .venv-crosscheck .hypothesis
+	find plugin ops charts loadtest tests -depth \( -name __pycache__ -o -name '*.egg-info' -o -path plugin/build -o -path ops/build \) -exec rm -rf {} +
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import platform, sys; sys.exit((sys.version_info[:2], platform.system(), platform.machine()) != ((3, 11), "Linux", "x86_64"))' 2>/dev/null || \
@@ -180,11 +202,12 @@ $(BIN)/python:
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e ops
 	@touch $@
 
-# On top of .venv, not in it: vLLM takes triton on a CPU for triton-cpu (plugin/locks/overrides.txt).
+# On top of .venv, not in it: vLLM takes triton on a CPU for triton-cpu (plugin/locks/overrides.txt), and guidellm wants
+# an older click.
+ON_TOP = rm -rf $(@D); $(BIN)/python -m venv $(@D); site=lib/python3.11/site-packages; \
+	echo "import site; site.addsitedir('$(CURDIR)/.venv/$$site')" >$(@D)/$$site/below.pth; \
+	$(INSTALL:$(BIN)/%=$(@D)/bin/%) -r $<; touch $@
 .venv-kernels/.done: $(LOCKS)/kernels.txt .venv/.dev
-	@rm -rf $(@D)
-	@$(BIN)/python -m venv $(@D)
-	@site=lib/python3.11/site-packages; \
-	echo "import site; site.addsitedir('$(CURDIR)/.venv/$$site')" >$(@D)/$$site/below.pth
-	@$(INSTALL:$(BIN)/%=$(@D)/bin/%) -r $<
-	@touch $@
+	@$(ON_TOP)
+.venv-crosscheck/.done: loadtest/locks/crosscheck.txt .venv/.dev
+	@$(ON_TOP)

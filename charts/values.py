@@ -399,6 +399,50 @@ class Preflight(Section):
     )
 
 
+class LoadtestImage(Section):
+    repository: str = Field("ghcr.io/vqserve/loadtest", description="With the registry, or its mirror.", min_length=1)
+    tag: str = Field("", description="Empty: the chart's appVersion.")
+    digest: Digest = Field("", description="`sha256:...`; has the last word over the tag.")
+    pullPolicy: PullPolicy = Field("IfNotPresent", description="When nodes ask the registry.")
+
+
+class Loadtest(Section):
+    enabled: bool = Field(
+        False,
+        description="Load the engine once for each revision of the release; the Job fails if the SLO is broken."
+        " It begins when a server answers, in a rollout maybe an old one: `helm upgrade --wait` first,"
+        " then enable it in another.",
+    )
+    image: LoadtestImage = Field(LoadtestImage(), description="The image of the load test.")
+    profile: str = Field("smoke", description="Traffic: a profile of loadtest/profiles.", pattern="^[a-z0-9-]+$")
+    profileToml: str = Field("", description="A profile of your own, as the text of its TOML file; wins over profile.")
+    slo: str = Field(
+        "",
+        description="Judged by, as `ttft_s=2,tpot_s=0.05,failures=0.01`; empty: the profile's, or none may fail.",
+        pattern=r"^([a-z0-9_]+=[0-9.]+(,[a-z0-9_]+=[0-9.]+)*)?$",
+    )
+    workers: Positive = Field(2, description="Processes that send, a pod each; a search for saturation takes one.")
+    host: str = Field(
+        "", description="Where to send, as `http://traefik.ingress.svc`; empty: the Service of this release."
+    )
+    hostHeader: str = Field("", description="Name to ask for, where host is an ingress's own address.")
+    metricsUrl: str = Field(
+        "", description="Metrics to sample beside; empty: the Service's `/metrics`; `none`: nothing."
+    )
+    resultsClaim: str = Field(
+        "",
+        description="A claim to keep records and reports in, a folder for each pod of the Job; empty: the report alone,"
+        " in the log of its container.",
+    )
+    nodeSelector: Names = Field(
+        {}, description="Of its pods: nodes without engines keep both from disturbing the other."
+    )
+    tolerations: FreeList = Field([], description="Of its pods.")
+    resources: Free = Field(
+        {"requests": {"cpu": "1", "memory": "256Mi"}, "limits": {"memory": "1Gi"}}, description="Of each of its pods."
+    )
+
+
 class Values(Section):
     nameOverride: str = Field("", description="Instead of the chart's name.")
     fullnameOverride: str = Field("", description="Instead of release and chart name.")
@@ -435,3 +479,4 @@ class Values(Section):
     preflight: Preflight = Field(
         Preflight(), description="`vqserve preflight`, on the GPUs and with the options that the engine will have."
     )
+    loadtest: Loadtest = Field(Loadtest(), description="Locust, in the cluster.")

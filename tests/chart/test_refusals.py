@@ -36,6 +36,8 @@ def _flat(tree: Changes, prefix: str = "") -> list[tuple[str, Any]]:
 
 
 IMPOSSIBLE: list[tuple[Changes, Changes, str]] = [
+    (GPU, {"loadtest.enabled": True, "loadtest.profile": "saturation"}, "set loadtest.workers to 1"),
+    (GPU, {"loadtest.hostHeader": "glm.example.com"}, "set loadtest.host to the ingress's address"),
     (CPU, {"engine.gpus": 2}, "set engine.gpus to 0, or engine.device to cuda"),
     (CPU, {"engine.attention": "sparse"}, "set it to dense, or engine.device to cuda"),
     (CPU, {"engine.gpuMemoryUtilization": 0.9}, "VLLM_CPU_KVCACHE_SPACE in engine.env"),

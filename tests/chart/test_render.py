@@ -87,7 +87,7 @@ def test_every_pod_keeps_to_pod_security_restricted(values: Path) -> None:
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
             assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
         kinds = {kind for volume in pod.get("volumes", []) for kind in volume if kind != "name"}
-        allowed = {"emptyDir", "image", "persistentVolumeClaim", "secret"}
+        allowed = {"configMap", "emptyDir", "image", "persistentVolumeClaim", "secret"}
         assert kinds <= allowed | ({"hostPath"} if values.name == "hostpath-values.yaml" else set())
 
 
@@ -99,7 +99,10 @@ def test_selectors_hold_nothing_that_changes_and_select_the_engines_pods(values:
     expected = {f"app.kubernetes.io/{part}" for part in ("name", "instance", "component")}
     assert set(selector) == expected
     assert selector.items() <= deployment["spec"]["template"]["metadata"]["labels"].items()
-    assert of_kind("Service", found)["spec"]["selector"] == selector
+    services = [item["spec"] for item in found if item["kind"] == "Service"]
+    assert [s["selector"] for s in services if "clusterIP" not in s] == [selector]
+    # A master's is of the one Job that it was made for.
+    assert all("batch.kubernetes.io/job-name" in s["selector"] for s in services if "clusterIP" in s)
 
 
 @each_example

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -90,3 +91,27 @@ def test_a_wrong_argument_is_answered_with_400_and_what_to_do(wrong: object, cau
     assert status == 400
     assert "vllm_xargs.anti_repetition = " in answer["error"]["message"]
     assert "0 turns it off" in answer["error"]["message"]
+
+
+def responses(server: Server, question: str) -> tuple[str, str]:
+    """Reasoning and content as OpenAI's newer route gives them."""
+    status, answer = post(server, "/v1/responses", {"model": MODEL, "input": question, "temperature": 0.0}, KEY)
+    assert status == 200, answer
+    reasoning, message = (item["content"][0]["text"] for item in answer["output"])
+    return reasoning, message
+
+
+def messages(server: Server, question: str) -> tuple[str, str]:
+    """Reasoning and content as Anthropic's route gives them."""
+    body = {"messages": [{"role": "user", "content": question}], "max_tokens": 400, "temperature": 0.0}
+    status, answer = post(server, "/v1/messages", {"model": MODEL, **body}, KEY)
+    assert status == 200, answer
+    thinking, text = answer["content"]
+    return thinking["thinking"], text["text"]
+
+
+@pytest.mark.parametrize("ask", [responses, messages])
+def test_other_routes_have_the_server_s_nets_too(ask: Callable[[Server, str], tuple[str, str]], caught: Server) -> None:
+    before = counted(caught)[THINKING_CLOSED]
+    assert ask(caught, "What is 36 * 47?") == chat(caught, "What is 36 * 47?")[:2]
+    assert counted(caught)[THINKING_CLOSED] == before + 2

@@ -22,7 +22,7 @@ BIN = Path(sys.executable).parent
 CHART = Path(__file__).parents[2] / "charts" / "vqserve"
 IMAGES = os.environ.get("IMAGES", "localhost/vqserve")
 TAG = os.environ.get("IMAGE_TAG", "dev")
-"""The images `serve-cpu`, `ops` and `demo-model`, which the nodes have."""
+"""The images `serve-cpu`, `ops`, `loadtest` and `demo-model`, which the nodes have."""
 FOLDER = os.environ.get("VQSERVE_NODE_FOLDER", str(CHART.parents[1] / "plugin" / "demo" / "model"))
 """Folder of the demo checkpoint on the node, readable by every user."""
 HELM = shlex.split(os.environ.get("HELM", "helm"))

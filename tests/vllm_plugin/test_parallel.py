@@ -1,8 +1,8 @@
 """Two ranks hold half of the experts' bytes each, and together compute what one computes.
 
-Engines on two ranks take long to start, so the weights are served on one. The tolerances are those of one rank: splitting
-a sum over ranks is one more change of its order. Measured in fp32: 1e-4 either parent against transformers, 1e-5 codes
-against weights, over gloo as in shared memory.
+Engines on two ranks take long to start, so the weights are served on one. The tolerances are those of one rank:
+splitting a sum over ranks is one more change of its order. Measured in fp32: 1e-4 either parent against transformers,
+1e-5 codes against weights, over gloo as in shared memory.
 """
 
 from __future__ import annotations

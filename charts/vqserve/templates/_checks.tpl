@@ -5,7 +5,17 @@
 {{- include "vqserve.checks.model" . -}}
 {{- include "vqserve.checks.replicas" . -}}
 {{- include "vqserve.checks.exposure" . -}}
+{{- include "vqserve.checks.loadtest" . -}}
 {{- include "vqserve.checks.apis" . -}}
+{{- end -}}
+
+{{- define "vqserve.checks.loadtest" -}}
+{{- if and .Values.loadtest.enabled (not .Values.loadtest.profileToml) (eq .Values.loadtest.profile "saturation") (gt (int64 .Values.loadtest.workers) 1) -}}
+  {{- fail (printf "loadtest.profile is saturation, a search that judges its own records, and loadtest.workers is %d: set loadtest.workers to 1" (int64 .Values.loadtest.workers)) -}}
+{{- end -}}
+{{- if and .Values.loadtest.hostHeader (not .Values.loadtest.host) -}}
+  {{- fail "loadtest.hostHeader is set and loadtest.host is empty: set loadtest.host to the ingress's address, as http://traefik.ingress.svc" -}}
+{{- end -}}
 {{- end -}}
 
 {{- define "vqserve.checks.engine" -}}

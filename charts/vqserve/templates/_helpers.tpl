@@ -50,10 +50,19 @@ app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 {{- end -}}
 
 {{- define "vqserve.opsImage" -}}
-{{- if .Values.opsImage.digest -}}
-{{- printf "%s@%s" .Values.opsImage.repository .Values.opsImage.digest -}}
+{{- include "vqserve.ownImage" (list . .Values.opsImage.repository .Values.opsImage.tag .Values.opsImage.digest) -}}
+{{- end -}}
+
+{{- define "vqserve.loadtestImage" -}}
+{{- include "vqserve.ownImage" (list . .Values.loadtest.image.repository .Values.loadtest.image.tag .Values.loadtest.image.digest) -}}
+{{- end -}}
+
+{{- /* Takes the root, repository, tag and digest. */ -}}
+{{- define "vqserve.ownImage" -}}
+{{- if last . -}}
+{{- printf "%s@%s" (index . 1) (last .) -}}
 {{- else -}}
-{{- printf "%s:%s" .Values.opsImage.repository (.Values.opsImage.tag | default .Chart.AppVersion) -}}
+{{- printf "%s:%s" (index . 1) (index . 2 | default (first .).Chart.AppVersion) -}}
 {{- end -}}
 {{- end -}}
 

@@ -1,0 +1,1 @@
+"""Load tests of an OpenAI-compatible server on Locust, with what serving a language model needs measured."""
