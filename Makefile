@@ -49,11 +49,12 @@ loadtest: .venv/.dev
 demo-load: .venv/.dev
 	@$(BIN)/python -m loadtest.demo '$(DEMO)' --load-profile '$(PROFILE)' --slo '$(SLO)'
 
-## test    run all tests
+## test    run all tests, in two processes (PROCESSES=2)
+PROCESSES ?= 2
 .PHONY: test
 test: .venv/.dev .venv-kernels/.done
-	$(BIN)/pytest
-	TRITON_INTERPRET=1 .venv-kernels/bin/python -m pytest tests/kernels
+	$(BIN)/pytest --numprocesses $(PROCESSES) --dist loadgroup --no-loadscope-reorder
+	TRITON_INTERPRET=1 .venv-kernels/bin/python -m pytest --numprocesses $(PROCESSES) tests/kernels
 
 ## lint    check style, types, import rules, change notes, YAML, shell, images and the chart
 .PHONY: lint
