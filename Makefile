@@ -53,7 +53,7 @@ demo-load: .venv/.dev
 PROCESSES ?= 2
 .PHONY: test
 test: .venv/.dev .venv-kernels/.done
-	$(BIN)/pytest --numprocesses $(PROCESSES) --dist loadgroup --no-loadscope-reorder
+	$(BIN)/pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
 	TRITON_INTERPRET=1 .venv-kernels/bin/python -m pytest --numprocesses $(PROCESSES) tests/kernels
 
 ## lint    check style, types, import rules, change notes, YAML, shell, images and the chart

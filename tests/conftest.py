@@ -38,14 +38,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             config.hook.pytest_deselected(items=needs_more)
             items[:] = [item for item in items if item not in needs_more]
     items.sort(key=lambda item: [item.get_closest_marker(name) is not None for name in ("e2e", "slow")])
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_process_of(item)))
-
-
-def _process_of(item: pytest.Item) -> str:
-    """Tests with the same name run in one process of several: a file's, and those that share a served demo."""
-    shared = {"server", "watched"} & set(getattr(item, "fixturenames", ())) if item.get_closest_marker("e2e") else ()
-    return min(shared, default=str(item.path))
 
 
 @pytest.fixture

@@ -95,7 +95,8 @@ def serving(model: Path, folder: Path, *options: str, **variables: str) -> Itera
         port = free.getsockname()[1]
     command = [str(Path(sys.executable).with_name("vqserve")), "serve", str(model), "--port", str(port), *options]
     environment = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
-    environment |= {"HOME": str(folder), "VLLM_API_KEY": KEY, **variables}
+    # Threads that spin for their next operation would take the cores from another process's server.
+    environment |= {"HOME": str(folder), "VLLM_API_KEY": KEY, "OMP_WAIT_POLICY": "passive", **variables}
     url, log = f"http://127.0.0.1:{port}", folder / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
