@@ -29,7 +29,9 @@ def test_a_server_that_got_slower_is_found_out_and_one_that_did_not_is_not(tmp_p
         low, high = verdicts[name].low, verdicts[name].high
         assert low
         assert high
-        assert 1 < low < 1.3 < high
+        # Of four intervals of 95 % one in ten times one misses 1.3, the truth; none by a third of the difference.
+        assert 1 < low < 1.4
+        assert high > 1.2
     same = compare.compare(before, before)
     assert {d.ratio for d in same} == {1.0}
     assert {d.verdict for d in same} == {"no difference found", "too few values"}
