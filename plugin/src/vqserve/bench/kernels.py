@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -164,31 +164,34 @@ def _stock(geometry: Geometry, ranks: int, batches: Sequence[int]) -> dict[int, 
     None where vLLM, aqlm, its compiler or the memory is missing.
     """
     sizes = geometry.n_routed_experts, geometry.hidden_size, geometry.moe_intermediate_size // ranks
-    times: list[Sequence[float | None]] = []
-    for make in (stock.fused_bf16, stock.marlin_4_bit):
-        try:
-            call = make(*sizes)
-            times.append(
-                [graph_us([partial(call, *routed) for routed in _routings(geometry, tokens, 0)]) for tokens in batches]
-            )
-            del call
-        except (ImportError, torch.cuda.OutOfMemoryError):
-            times.append([None] * len(batches))
+    every = max(batches)
+    times = []
+    for make, most, ids_on in (
+        (stock.fused_bf16, every, "cuda"),
+        (stock.marlin_4_bit, every, "cuda"),
+        (stock.aqlm_2_bit, EAGER_TOKENS, "cpu"),
+    ):
+        times.append(_times(partial(make, *sizes), geometry, batches, most, ids_on))
         torch.cuda.empty_cache()
-    try:
-        call = stock.aqlm_2_bit(*sizes)
-        times.append([_aqlm_us(call, geometry, tokens) for tokens in batches])
-        del call
-    except (ImportError, OSError, torch.cuda.OutOfMemoryError):
-        times.append([None] * len(batches))
-    torch.cuda.empty_cache()
     return dict(zip(batches, zip(*times, strict=True), strict=True))
 
 
-def _aqlm_us(call: stock.Call, geometry: Geometry, tokens: int) -> float | None:
-    if tokens > EAGER_TOKENS:
-        return None
-    return graph_us([partial(call, x, weights, ids.cpu()) for x, weights, ids in _routings(geometry, tokens, 0)])
+def _times(
+    make: Callable[[], stock.Call], geometry: Geometry, batches: Sequence[int], most: int, ids_on: str
+) -> list[float | None]:
+    """Of one of them; None for batches of more than `most` tokens, and where it cannot be made."""
+
+    def us(call: stock.Call, tokens: int) -> float | None:
+        if tokens > most:
+            return None
+        routed = _routings(geometry, tokens, 0)
+        return graph_us([partial(call, x, weights, ids.to(ids_on)) for x, weights, ids in routed])
+
+    try:
+        call = make()
+        return [us(call, tokens) for tokens in batches]
+    except (ImportError, torch.cuda.OutOfMemoryError):
+        return [None] * len(batches)
 
 
 def _routings(geometry: Geometry, tokens: int, seed: int) -> list[tuple[Tensor, Tensor, Tensor]]:

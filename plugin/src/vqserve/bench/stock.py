@@ -69,11 +69,13 @@ def aqlm_2_bit(number: int, hidden: int, width: int) -> Call:
     AQLM has no experts: every choice is two products of its own, one with gate and up, which lie in one matrix.
 
     Raises:
-        ImportError: The package aqlm is not installed.
-        OSError: Its kernels could not be compiled: that takes nvcc and ninja.
-        RuntimeError: They could not, or one's result is not the sum of its codewords.
+        ImportError: The package aqlm is not installed, or does not compile its kernels: that takes nvcc and ninja.
+        RuntimeError: A product is not the sum of its codewords.
     """
-    from aqlm.inference_kernels import cuda_kernel  # noqa: F401 # compiles and registers the operators
+    try:
+        from aqlm.inference_kernels import cuda_kernel  # noqa: F401 # compiles and registers the operators
+    except (OSError, RuntimeError) as cause:
+        raise ImportError(f"AQLM's kernels do not compile: {cause}") from cause
 
     product = torch.ops.aqlm.code2x8_matmat
     books = _normal(2, 256, 1, 8)
