@@ -71,15 +71,8 @@ def main() -> int:
     run = options.run_name or time.strftime(f"demo-{Path(options.load_profile).stem}-%Y%m%d-%H%M%S", time.gmtime())
     folder = options.records / run
     sys.stderr.write("starting the demo's server; this takes a minute\n")
-    locust = [sys.executable, "-m", "loadtest"]
-    locust += [
-        "--headless",
-        "--only-summary",
-        "--load-profile",
-        options.load_profile,
-        "--records",
-        str(options.records),
-    ]
+    locust = [sys.executable, "-m", "loadtest", "--headless", "--only-summary"]
+    locust += ["--load-profile", options.load_profile, "--records", str(options.records)]
     try:
         with serving(options.model, options.records / f"{run}.server.log") as (url, pid):
             command = [*locust, "--run-name", run, "--host", url, "--watch-pid", str(pid), *more]
