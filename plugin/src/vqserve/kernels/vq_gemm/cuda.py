@@ -23,6 +23,8 @@ TOKENS = (8, 16, 24)
 SPARE = 2
 """The block chosen is the smallest that holds as many times an expert's average share."""
 ROWS = THREADS = 128
+PADDING = 32
+"""Elements behind each row of activations: `padded` of gather.cu."""
 MAX_PAIRS, MAX_EXPERTS = 1024, 512
 """What the sort in one block takes; torch sorts more."""
 REPEAT = 4
@@ -110,10 +112,10 @@ def moe(
 
     groups = group(topk_ids, expert_map, number, block)
     blocks = len(groups.expert)
-    half, factors = empty(tokens, hidden, dtype=torch.float16), empty(tokens)
+    half, factors = empty(tokens, hidden + PADDING, dtype=torch.float16), empty(tokens)
     kernel("to_half").launch(tokens, 256, [x, c_int64(x.stride(0)), bf16, half, factors, c_int(hidden)])
     # A block reads all of its positions, also those behind its last one.
-    h, h_factors = empty(pairs + block, width, dtype=torch.float16), empty(width // ROWS, pairs + block)
+    h, h_factors = empty(pairs + block, width + PADDING, dtype=torch.float16), empty(width // ROWS, pairs + block)
     gate_up, down = ([*planes, experts.places, experts.codebooks] for planes in experts.planes)
     sizes = [c_int(size) for size in (pairs + block, top_k, hidden, width)]
     kernel("gate_up").launch(

@@ -9,6 +9,9 @@
 // Codebooks lie in shared memory 16 (d = 4) or 8 (d = 8) times, interleaved, so that the threads that are served at a
 // time read from different banks whatever their codes are: 128 bytes per codeword.
 //
+// Activations are in an order of their own, `chunk_at`: what a warp reads at a time is whole sectors of L1, and two
+// neighbouring rows, which are half a line apart, do not want the same banks.
+//
 // Planes are in the order of kernels/repack/order.py: a row's codes are rotated by its number, so a word is put
 // together from two neighbours' (one shuffle, one shift). Sums are fp32; scales and the activations' factors multiply
 // the sums of each group of 128 columns. The order of summation depends on nothing but the sizes.
@@ -67,6 +70,16 @@ __device__ __forceinline__ float down_factor(float most) {
     const u32 exponent = max(__float_as_uint(most) >> 23 & 255, 11);
     return __uint_as_float((exponent - 10) << 23);
 }
+
+// Where chunk `chunk` of 8 columns of a group of 128 lies, in chunks. With d = 4 the four quarters of a half group are
+// read at a time, chunks 2 q or 2 q + 1; with d = 8 of the group, 4 q + s. Either way they are two pairs of neighbours,
+// and with d = 8 of different places in two lines.
+__device__ __forceinline__ int chunk_at(int chunk) {
+    return chunk & 8 | (chunk & 1) << 2 | (chunk >> 2 & 2 ^ chunk & 2) | chunk >> 2 & 1;
+}
+
+// Elements from row to row of activations in that order.
+__device__ __forceinline__ int padded(int columns) { return columns + 32; }
 
 // Blocks of pairs, as `group` or the host's sort makes them.
 struct Groups {
@@ -177,51 +190,50 @@ __device__ __forceinline__ void gather(u32 (&w)[D / 2], const u8* table, u32 cod
     }
 }
 
-// One code of each of a thread's four rows times the activations of all tokens; x: of the code's columns.
+// The weights of byte S of `codes`, refined by byte S of `fine`.
 template <int D, bool REFINED, int S>
-__device__ __forceinline__ void step(float (&sums)[2][TILES][4], const u32 (&codes)[2][2], const u32 (&fine)[2][2],
-                                     const Memory& m, u32 place, const u16* x, const u32 (&row)[TILES], u32 column) {
-    u32 in[TILES][D / 2];
-    #pragma unroll
-    for (int t = 0; t < TILES; t++) {
-        const u16* from = x + (i64)(row[t] + column + S * D);
-        if constexpr (D == 4) {
-            const uint2 v = *(const uint2*)from;
-            in[t][0] = v.x, in[t][1] = v.y;
-        } else {
-            const uint4 v = *(const uint4*)from;
-            in[t][0] = v.x, in[t][1] = v.y, in[t][2] = v.z, in[t][3] = v.w;
-        }
-    }
-    #pragma unroll
-    for (int tile = 0; tile < 2; tile++) {
-        u32 w[2][D / 2];
+__device__ __forceinline__ void weights(u32 (&w)[D / 2], u32 codes, u32 fine, const Memory& m, u32 place) {
+    gather<D, S>(w, m.base, codes, place);
+    if constexpr (REFINED) {
+        u32 v[D / 2];
+        gather<D, S>(v, m.refinement, fine, place);
         #pragma unroll
-        for (int r = 0; r < 2; r++) {
-            gather<D, S>(w[r], m.base, codes[tile][r], place);
-            if constexpr (REFINED) {
-                u32 v[D / 2];
-                gather<D, S>(v, m.refinement, fine[tile][r], place);
-                #pragma unroll
-                for (int i = 0; i < D / 2; i++) w[r][i] = add_halves(w[r][i], v[i]);
-            }
-        }
-        #pragma unroll
-        for (int k = 0; k < D / 4; k++)
-            #pragma unroll
-            for (int t = 0; t < TILES; t++)
-                multiply(sums[tile][t], w[0][2 * k], w[1][2 * k], w[0][2 * k + 1], w[1][2 * k + 1], in[t][2 * k],
-                         in[t][2 * k + 1]);
+        for (int i = 0; i < D / 2; i++) w[i] = add_halves(w[i], v[i]);
     }
 }
 
-// One group of 128 columns: 32 rows times TOKENS tokens. x [row + column]: a thread's tokens' activations, fp16.
+// Codes from S on, two of d = 4 or one of d = 8, of each of a thread's four rows times the activations of all tokens;
+// x [row + at]: the 8 columns of these codes.
+template <int D, bool REFINED, int S>
+__device__ __forceinline__ void step(float (&sums)[2][TILES][4], const u32 (&codes)[2][2], const u32 (&fine)[2][2],
+                                     const Memory& m, u32 place, const u16* x, const u32 (&row)[TILES], u32 at) {
+    uint4 in[TILES];
+    #pragma unroll
+    for (int t = 0; t < TILES; t++) in[t] = *(const uint4*)(x + (i64)(row[t] + at));
+    #pragma unroll
+    for (int tile = 0; tile < 2; tile++) {
+        u32 w[2][4];
+        #pragma unroll
+        for (int r = 0; r < 2; r++) {
+            weights<D, REFINED, S>(*(u32(*)[D / 2])w[r], codes[tile][r], fine[tile][r], m, place);
+            if constexpr (D == 4)
+                weights<D, REFINED, S + 1>(*(u32(*)[D / 2])(w[r] + 2), codes[tile][r], fine[tile][r], m, place);
+        }
+        #pragma unroll
+        for (int t = 0; t < TILES; t++) multiply(sums[tile][t], w[0][0], w[1][0], w[0][1], w[1][1], in[t].x, in[t].y);
+        #pragma unroll
+        for (int t = 0; t < TILES; t++) multiply(sums[tile][t], w[0][2], w[1][2], w[0][3], w[1][3], in[t].z, in[t].w);
+    }
+}
+
+// One group of 128 columns: 32 rows times TOKENS tokens. x [row + element]: a thread's tokens' activations, fp16.
 template <int D, bool REFINED, bool FACTORED>
 __device__ __forceinline__ void add_group(float (&total)[2][TILES][4], const Codes<D, REFINED>& c, int group,
                                           const Memory& m, u32 place, u32 shift, bool upper, const u16* x,
                                           const u32 (&row)[TILES], const float* factors, int stride, int lane) {
     constexpr int HALVES = 8 / D;
-    const int part = lane & 3;
+    // Where this thread's part of the first codes lies in a group: `chunk_at`.
+    const u32 first = D == 4 ? 8 * (lane >> 1 & 1) + 16 * (lane & 1) : 80 * (lane >> 1 & 1) + 8 * (lane & 1);
     float sums[2][TILES][4] = {};
     #pragma unroll
     for (int h = 0; h < HALVES; h++) {
@@ -236,11 +248,17 @@ __device__ __forceinline__ void add_group(float (&total)[2][TILES][4], const Cod
                     fine[tile][r] = aligned((upper ? both >> 4 : both) & 0x0f0f0f0f, lane, shift);
                 }
             }
-        const u32 column = (group * HALVES + h) * 16 * D + part * 4 * D;
-        step<D, REFINED, 0>(sums, codes, fine, m, place, x, row, column);
-        step<D, REFINED, 1>(sums, codes, fine, m, place, x, row, column);
-        step<D, REFINED, 2>(sums, codes, fine, m, place, x, row, column);
-        step<D, REFINED, 3>(sums, codes, fine, m, place, x, row, column);
+        if constexpr (D == 4) {
+            const u32 at = group * 128 + h * 64 + (first ^ h * 16);
+            step<D, REFINED, 0>(sums, codes, fine, m, place, x, row, at);
+            step<D, REFINED, 2>(sums, codes, fine, m, place, x, row, at + 32);
+        } else {
+            const u32 at = group * 128 + first, then = group * 128 + (first ^ 16);
+            step<D, REFINED, 0>(sums, codes, fine, m, place, x, row, at);
+            step<D, REFINED, 1>(sums, codes, fine, m, place, x, row, at + 32);
+            step<D, REFINED, 2>(sums, codes, fine, m, place, x, row, then);
+            step<D, REFINED, 3>(sums, codes, fine, m, place, x, row, then + 32);
+        }
     }
     #pragma unroll
     for (int t = 0; t < TILES; t++)
@@ -315,7 +333,8 @@ __device__ __forceinline__ void load_codebook_of(Memory& m, const u16* codebooks
     else load_codebook<4>(m, codebooks + CODEBOOK[tier], tier & 1);
 }
 
-// h [position, width] * h_factors [width / 128, position] = silu(gate x) * up x; x [token, hidden] * x_factors [token].
+// h [position, padded width] * h_factors [width / 128, position] = silu(gate x) * up x, with x [token, padded hidden] *
+// x_factors [token].
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 gate_up(const u8* codes, const u8* refinements, const u16* scales, const int4* where, const u16* codebooks,
         const u16* x, const float* x_factors, const int* order, const int* experts, const int* firsts, const int* lasts,
@@ -331,7 +350,8 @@ gate_up(const u8* codes, const u8* refinements, const u16* scales, const int4* w
     const int first = firsts[of], last = lasts[of], block = tile * 4 + warp;
     u32 row[TILES];
     #pragma unroll
-    for (int t = 0; t < TILES; t++) row[t] = order[min(first + 8 * t + (lane >> 2), last - 1)] / top_k * hidden;
+    for (int t = 0; t < TILES; t++)
+        row[t] = order[min(first + 8 * t + (lane >> 2), last - 1)] / top_k * padded(hidden);
     float total[2][TILES][4] = {};
     int4 at = where[expert * 3];
     load_codebook_of(m, codebooks, at.x);
@@ -381,11 +401,12 @@ gate_up(const u8* codes, const u8* refinements, const u16* scales, const int4* w
             const float up = up_factor(most);
             if (position >= last) continue;
             if (warp == 0 && lane < 4) h_factors[(i64)tile * stride + position] = down_factor(most);
-            u16* to = h + (i64)position * width + block * 32 + (lane >> 2);
+            u16* to = h + (i64)position * padded(width) + tile * ROWS + (lane >> 2);
             #pragma unroll
             for (int i = 0; i < 2; i++)
                 #pragma unroll
-                for (int r = 0; r < 2; r++) to[16 * i + 8 * r] = float_to_half(total[i][t][2 * r + c] * up);
+                for (int r = 0; r < 2; r++)
+                    to[8 * chunk_at(warp * 4 + 2 * i + r)] = float_to_half(total[i][t][2 * r + c] * up);
         }
 }
 
@@ -397,7 +418,7 @@ __device__ __forceinline__ void down_tiles(Memory& m, const Planes& planes, int4
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     u32 row[TILES];
     #pragma unroll
-    for (int t = 0; t < TILES; t++) row[t] = 8 * t * width;
+    for (int t = 0; t < TILES; t++) row[t] = 8 * t * padded(width);
     #pragma unroll 1
     for (; tile < end; tile++) {
         float total[2][TILES][4] = {};
@@ -436,7 +457,7 @@ down(const u8* codes, const u8* refinements, const u16* scales, const int4* wher
     const int4 at = where[expert * 3 + 2];
     load_codebook_of(m, codebooks, at.x);
     // Of positions from `last` on there is something to read too, and nothing is made of it.
-    const u16* x = h + (i64)(first + (lane >> 2)) * width;
+    const u16* x = h + (i64)(first + (lane >> 2)) * padded(width);
     const float* factors = h_factors + first + 2 * (lane & 3);
 #define TILES_OF(TIER) \
     down_tiles<TIER>(m, planes, at, x, factors, stride, order, first, last, products, tile, end, first_row, \
@@ -495,7 +516,7 @@ group(const void* ids, int ids64, const int* map, int pairs, int number, int blo
     let_next_start();
 }
 
-// A block per token: y * factors[token] = x, y in fp16.
+// A block per token: y [token, padded columns] * factors[token] = x, y in fp16.
 extern "C" __global__ void __launch_bounds__(256)
 to_half(const void* x, i64 x_stride, int bf16, u16* y, float* factors, int columns) {
     __shared__ float most[8];
@@ -510,7 +531,8 @@ to_half(const void* x, i64 x_stride, int bf16, u16* y, float* factors, int colum
     for (int i = 0; i < 8; i++) largest = fmaxf(largest, most[i]);
     const float up = up_factor(largest);
     for (int i = threadIdx.x; i < columns; i += 256)
-        y[token * columns + i] = float_to_half(input(x, token * x_stride + i, bf16) * up);
+        y[token * padded(columns) + (i & ~127) + 8 * chunk_at(i >> 3 & 15) + (i & 7)] =
+            float_to_half(input(x, token * x_stride + i, bf16) * up);
     if (threadIdx.x == 0) factors[token] = down_factor(largest);
     let_next_start();
 }
