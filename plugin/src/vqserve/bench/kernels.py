@@ -29,6 +29,8 @@ GATED = 2
 """Tokens of a batch that are compared with the reference, the first and the last."""
 PAIRS = 64
 """A graph has as many calls, each for its own tokens, as come to so many choices of experts; at least one."""
+PROMPTS = (512, 4096)
+"""Batches that a target compares with vLLM's bf16 experts."""
 EAGER_TOKENS = 16
 """The largest batch that torch's operators are timed with: they take minutes for more. AQLM's are for few, too."""
 
@@ -152,8 +154,8 @@ def targets(rows: Sequence[Row], copy: float) -> list[Target]:
         if (row.ranks, row.tokens) == (2, 1):
             floor = row.nbytes / copy * 1e6
             found.append(Target.at_most(2.5, row.us / floor, "the bytes' time, 1 token, one rank of 2"))
-        if row.tokens == 512 and row.bf16_us:
-            what = f"vLLM's bf16 experts' time, 512 tokens, one rank of {row.ranks}"
+        if row.tokens in PROMPTS and row.bf16_us:
+            what = f"vLLM's bf16 experts' time, {row.tokens} tokens, one rank of {row.ranks}"
             found.append(Target.at_most(2, row.us / row.bf16_us, what))
     return found
 
