@@ -77,7 +77,7 @@ def summary(results: Results) -> list[str]:
     if total.judged:
         lines.append(f"{total.correct} of {total.judged} answers right ({total.correct / total.judged:.1%})")
     if results.slo:
-        lines.append(f"SLO {results.slo}: " + ("; ".join(results.broken) or "kept"))
+        lines.append(f"SLO {results.slo}: {results.verdict}")
     return lines
 
 

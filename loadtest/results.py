@@ -141,7 +141,7 @@ class Results:
         slo: What it was judged by; None if by nothing.
         broken: Why the SLO was not kept, in words.
         total: All requests but the warm-up's; None if there is none.
-        stages: In their order; a group each.
+        stages: A group each, in their order, of a search in that of their rates.
         kinds: Kinds of prompts, by name.
         languages: By name.
         warm_up: Requests left out.
@@ -190,11 +190,12 @@ class Results:
             return [Group.of(name, [r for r in measured if of(r) == name], slo) for name in order]
 
         total = Group.of("all", measured, slo) if measured else None
-        stages = groups(lambda record: record.stage, sort=False)
+        search = logs[0].run.profile["traffic"]["kind"] == "search"
+        stages = groups(lambda record: record.stage, sort=search)
         broken = (total.broken if total else slo.broken([])) if slo else []
-        if logs[0].run.profile["traffic"]["kind"] == "search":
+        if search:
             # It goes on until a rate breaks it.
-            broken = [] if any(not stage.broken for stage in stages) else ["no rate kept it"]
+            broken = [] if any(not stage.broken for stage in stages) else ["no rate kept it; start lower"]
         return cls(
             run=logs[0].run,
             slo=slo,
@@ -208,6 +209,19 @@ class Results:
             warnings=_warnings(logs, measured),
             records=records,
             samples=samples,
+        )
+
+    @property
+    def verdict(self) -> str:
+        """Whether the SLO was kept, in words; of a search the largest rate that kept it."""
+        if self.broken or self.run.profile["traffic"]["kind"] != "search":
+            return "; ".join(self.broken) or "kept"
+        # A search names its stages by their rates, and tries each once.
+        rates = {float(stage.name.removeprefix("rate ")): stage.broken for stage in self.stages}
+        held = max(rate for rate, broken in rates.items() if not broken)
+        beyond = min((rate for rate, broken in rates.items() if broken), default=None)
+        return f"kept at {held:g} requests/s, " + (
+            "the highest rate tried" if beyond is None else f"not at {beyond:g} ({'; '.join(rates[beyond])})"
         )
 
     @property

@@ -93,13 +93,6 @@ class Climb:
         else:
             self.broke = rate
 
-    def __str__(self) -> str:
-        if self.held is None:
-            return f"no rate held: {self.broke:g} requests/s already broke the SLO; start lower"
-        if self.broke is None:
-            return f"{self.held:g} requests/s held, the highest rate tried"
-        return f"{self.held:g} requests/s held, {self.broke:g} did not"
-
 
 @dataclass(frozen=True)
 class Arrival:

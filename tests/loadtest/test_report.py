@@ -134,7 +134,12 @@ def test_a_search_is_judged_by_whether_any_rate_kept_the_slo(tmp_path: Path) -> 
     found = read(tmp_path, "ttft_s=1")
     assert not found.failed
     assert [bool(stage.broken) for stage in found.stages] == [False, True]
-    assert read(tmp_path, "ttft_s=0.1").failed
+    assert found.verdict == "kept at 1 requests/s, not at 2 (TTFT p90 5.001 s, 1 s allowed)"
+    assert f"SLO {found.slo}: {found.verdict}" in report.summary(found)
+    assert read(tmp_path, "ttft_s=9").verdict == "kept at 2 requests/s, the highest rate tried"
+    nothing = read(tmp_path, "ttft_s=0.1")
+    assert nothing.failed
+    assert nothing.verdict == "no rate kept it; start lower"
 
 
 @pytest.mark.parametrize(
