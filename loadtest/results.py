@@ -299,9 +299,12 @@ def _warnings(logs: Sequence[Log], measured: Sequence[Record]) -> list[str]:
     return found
 
 
-def _natural(name: str) -> tuple[str, int]:
+def _natural(name: str) -> tuple[str, float]:
     head, _, number = name.rpartition(" ")
-    return (head, int(number)) if number.isdecimal() else (name, 0)
+    try:
+        return head, float(number)
+    except ValueError:
+        return name, 0.0
 
 
 def title(run: Run) -> str:

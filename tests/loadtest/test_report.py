@@ -129,14 +129,15 @@ def test_an_slo_reads_what_it_prints() -> None:
 
 def test_a_search_is_judged_by_whether_any_rate_kept_the_slo(tmp_path: Path) -> None:
     profile = {"description": "s", "traffic": {"kind": "search"}}
-    made = [answer(0, stage="rate 1"), answer(1, ttft=5.0, stage="rate 2")]
+    made = [answer(0, stage="rate 1"), answer(1, ttft=5.0, stage="rate 11.39"), answer(2, stage="rate 7.5")]
     write(tmp_path, made, profile=profile)
     found = read(tmp_path, "ttft_s=1")
     assert not found.failed
-    assert [bool(stage.broken) for stage in found.stages] == [False, True]
-    assert found.verdict == "kept at 1 requests/s, not at 2 (TTFT p90 5.001 s, 1 s allowed)"
+    assert [stage.name for stage in found.stages] == ["rate 1", "rate 7.5", "rate 11.39"]
+    assert [bool(stage.broken) for stage in found.stages] == [False, False, True]
+    assert found.verdict == "kept at 7.5 requests/s, not at 11.39 (TTFT p90 5.001 s, 1 s allowed)"
     assert f"SLO {found.slo}: {found.verdict}" in report.summary(found)
-    assert read(tmp_path, "ttft_s=9").verdict == "kept at 2 requests/s, the highest rate tried"
+    assert read(tmp_path, "ttft_s=9").verdict == "kept at 11.39 requests/s, the highest rate tried"
     nothing = read(tmp_path, "ttft_s=0.1")
     assert nothing.failed
     assert nothing.verdict == "no rate kept it; start lower"
