@@ -54,6 +54,11 @@ IMPOSSIBLE: list[tuple[Changes, Changes, str]] = [
     (GPU, {"engine.extraArgs": ["--api-key=secret"]}, "engine.extraArgs has --api-key: take it out and set auth.exist"),
     (GPU, {"engine.extraArgs": ["--max_model_len", "1"]}, "take it out and set engine.maxModelLen"),
     (GPU, {"engine.extraArgs": ["-tp", "4"]}, "engine.extraArgs has -tp: take it out and set engine.gpus"),
+    (
+        GPU,
+        {"engine.extraArgs": ["--custom-histogram-buckets={}"], "monitoring.rules.enabled": True},
+        "rules read the bounds that vLLM has by itself: take it out, or set monitoring.rules.enabled to false",
+    ),
     (GPU, {"engine.env": [{"name": "VLLM_API_KEY", "value": "x"}]}, "take it out and set auth.existingSecret"),
     (GPU, {"engine.env": [{"name": "HOME", "value": "/"}]}, "engine.env has HOME, which the chart sets: take it out"),
     (GPU, {"resources.limits": {"nvidia.com/gpu": 2}}, "take it out; engine.gpus sets it"),

@@ -68,6 +68,9 @@
   {{- if and (hasPrefix "-" .) (hasKey $values $option) -}}
     {{- fail (printf "engine.extraArgs has %s: take it out and set %s" (splitList "=" . | first) (get $values $option)) -}}
   {{- end -}}
+  {{- if and (eq $option "custom-histogram-buckets") $.Values.monitoring.rules.enabled -}}
+    {{- fail "engine.extraArgs has --custom-histogram-buckets, and rules read the bounds that vLLM has by itself: take it out, or set monitoring.rules.enabled to false" -}}
+  {{- end -}}
 {{- end -}}
 {{- $ours := list -}}
 {{- range include "vqserve.engine.ownEnv" . | fromYamlArray -}}
