@@ -41,7 +41,7 @@ def test_a_rank_that_never_joins_is_named_within_the_deadline() -> None:
 
 def test_ranks_that_hang_in_the_all_reduce_are_told_apart_from_those_that_do_not_join() -> None:
     joined = 'import time; print(\'{"step": "started"}\\n{"step": "joined"}\', flush=True); time.sleep(600)'
-    found = all_reduce(2, "gloo", 1, program=ranks(joined, joined))
+    found = all_reduce(2, "gloo", 5, program=ranks(joined, joined))
     assert found.problem is not None
     assert found.problem.endswith("rank 1: it hung in the first all-reduce")
 

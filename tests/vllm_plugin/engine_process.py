@@ -38,6 +38,10 @@ WITHOUT_AVX512 = {
 """What has a process and its children take this CPU for one that ends at AVX2; set before it starts."""
 
 
+HAS_4_BIT_GEMM = bool(torch.cpu.get_capabilities().get("avx512_f"))
+"""Whether vLLM's library for this CPU can keep the spine packed."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """What an engine says about one prompt.

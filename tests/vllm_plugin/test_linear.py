@@ -11,7 +11,7 @@ from torch import Tensor
 
 from random_checkpoint import read_tensors
 from vllm_plugin import inside
-from vllm_plugin.engine_process import EngineProcess, Question
+from vllm_plugin.engine_process import HAS_4_BIT_GEMM, EngineProcess, Question
 from vllm_plugin.test_logits import FP32, HALF, difference
 from vqserve.reference.gptq import dequantize_gptq
 
@@ -90,11 +90,10 @@ def test_why_the_spine_is_dequantized_or_why_it_cannot_stay_packed(
 
 
 def test_with_a_4_bit_gemm_the_setting_decides(engines: EngineProcess) -> None:
-    has_gemm = bool(torch.cpu.get_capabilities().get("avx512_f"))
     lacking = "vLLM has no 4-bit GEMM for CPUs without AVX-512"
-    assert engines.call(inside.why_dequantized, "bfloat16", None) == (None if has_gemm else lacking)
+    assert engines.call(inside.why_dequantized, "bfloat16", None) == (None if HAS_4_BIT_GEMM else lacking)
     forced = engines.call(inside.why_dequantized, "bfloat16", "dequantized")
-    assert forced == ("VQSERVE_SPINE asks for it" if has_gemm else lacking)
+    assert forced == ("VQSERVE_SPINE asks for it" if HAS_4_BIT_GEMM else lacking)
 
 
 def test_a_dequantized_spine_can_be_loaded_anew_while_serving(

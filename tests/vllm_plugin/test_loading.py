@@ -13,7 +13,7 @@ import torch
 
 from random_checkpoint import make_random_checkpoint
 from vllm_plugin import inside
-from vllm_plugin.engine_process import EngineError, EngineProcess, Question
+from vllm_plugin.engine_process import HAS_4_BIT_GEMM, EngineError, EngineProcess, Question
 from vqserve.format.errors import TensorError
 from vqserve.format.layout import TensorSpec
 from vqserve.format.manifest import write_manifest
@@ -80,12 +80,13 @@ def test_a_tensor_that_comes_twice_is_refused(record: LoadRecord) -> None:
 @pytest.mark.slow
 def test_every_layer_gets_the_method_that_its_record_calls_for(engines: EngineProcess, random_checkpoint: Path) -> None:
     methods = set(engines.call(inside.load, random_checkpoint, inside.unchanged))
+    of_4_bit = "AutoGPTQLinearMethod" if HAS_4_BIT_GEMM else "DequantizedLinearMethod"
     for layer in (1, 2, 3):
         assert f"model.layers.{layer}.mlp.experts.routed_experts MixedVQMoEMethod" in methods
     for module in ("0.mlp.gate_up_proj", "0.mlp.down_proj", "1.mlp.shared_experts.gate_up_proj"):
-        assert f"model.layers.{module} AutoGPTQLinearMethod" in methods
+        assert f"model.layers.{module} {of_4_bit}" in methods
     for module in ("fused_qkv_a_proj", "q_b_proj", "o_proj"):
-        assert f"model.layers.3.self_attn.{module} AutoGPTQLinearMethod" in methods
+        assert f"model.layers.3.self_attn.{module} {of_4_bit}" in methods
     assert "model.layers.3.self_attn.kv_b_proj UnquantizedLinearMethod" in methods
 
 

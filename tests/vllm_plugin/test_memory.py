@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from vllm_plugin import inside
-from vllm_plugin.engine_process import EngineProcess, Question
+from vllm_plugin.engine_process import HAS_4_BIT_GEMM, EngineProcess, Question
 from vqserve.format.memory import Memory, memory
 
 TOLERANCE = 0.01
@@ -26,7 +25,7 @@ WHOLE = {**TWO, "enable_expert_parallel": True}
 
 def estimate(folder: Path, dtype: str, options: dict[str, Any], avx512: bool = True) -> Memory:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    avx512 = avx512 and bool(torch.cpu.get_capabilities().get("avx512_f"))
+    avx512 = avx512 and HAS_4_BIT_GEMM
     return memory(
         config,
         ranks=options.get("tensor_parallel_size", 1),
