@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -17,6 +18,10 @@ hypothesis.settings.register_profile("vqserve", deadline=None, print_blob=True, 
 hypothesis.settings.load_profile("vqserve")
 
 
+SHARING = ("tests/e2e/", "tests/vllm_plugin/")
+"""Folders whose tests share processes that take long to start."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, help="seed of the tests' random input; fresh for each test if left out")
     parser.addoption("--update-golden", action="store_true", help="write tests/golden/chart anew from what comes out")
@@ -24,8 +29,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The quick tests first, those that start a server last, each kind in its own order.
+    """The quick tests first, then those that start a server, then other slow ones, each kind in its own order.
 
+    One of two processes takes all that start a server (`pytest_xdist_make_scheduler`), the other what follows.
     No GPU tests without a GPU, and tests of whole systems and clusters only where `-m` asks for them.
     """
     if not torch.cuda.is_available():
@@ -37,7 +43,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             needs_more = [item for item in items if item.get_closest_marker(marker)]
             config.hook.pytest_deselected(items=needs_more)
             items[:] = [item for item in items if item not in needs_more]
-    items.sort(key=lambda item: [item.get_closest_marker(name) is not None for name in ("e2e", "slow")])
+    items.sort(key=lambda item: 1 if item.get_closest_marker("e2e") else 2 if item.get_closest_marker("slow") else 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadfile`, tests that share a server or an engine stay in one process as those of a file do."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Together(LoadFileScheduling):  # type: ignore[misc] # xdist states no types
+        def _split_scope(self, nodeid: str) -> str:
+            return next((folder for folder in SHARING if nodeid.startswith(folder)), super()._split_scope(nodeid))
+
+    return Together(config, log)
 
 
 @pytest.fixture
