@@ -179,7 +179,7 @@ __device__ __forceinline__ u32 aligned(u32 word, int lane, u32 shift) {
 
 // The codeword of byte S of `codes`: `place` is where this thread's copy of codeword 0 lies in `table`.
 template <int D, int S>
-__device__ __forceinline__ void gather(u32 (&w)[D / 2], const u8* table, u32 codes, u32 place) {
+__device__ __forceinline__ void gather(u32* w, const u8* table, u32 codes, u32 place) {
     const u8* at = table + (((S ? codes >> (8 * S - 7) : codes << 7) & 0x7f80) | place);
     if constexpr (D == 4) {
         const uint2 v = *(const uint2*)at;
@@ -192,7 +192,7 @@ __device__ __forceinline__ void gather(u32 (&w)[D / 2], const u8* table, u32 cod
 
 // The weights of byte S of `codes`, refined by byte S of `fine`.
 template <int D, bool REFINED, int S>
-__device__ __forceinline__ void weights(u32 (&w)[D / 2], u32 codes, u32 fine, const Memory& m, u32 place) {
+__device__ __forceinline__ void weights(u32* w, u32 codes, u32 fine, const Memory& m, u32 place) {
     gather<D, S>(w, m.base, codes, place);
     if constexpr (REFINED) {
         u32 v[D / 2];
@@ -215,9 +215,8 @@ __device__ __forceinline__ void step(float (&sums)[2][TILES][4], const u32 (&cod
         u32 w[2][4];
         #pragma unroll
         for (int r = 0; r < 2; r++) {
-            weights<D, REFINED, S>(*(u32(*)[D / 2])w[r], codes[tile][r], fine[tile][r], m, place);
-            if constexpr (D == 4)
-                weights<D, REFINED, S + 1>(*(u32(*)[D / 2])(w[r] + 2), codes[tile][r], fine[tile][r], m, place);
+            weights<D, REFINED, S>(w[r], codes[tile][r], fine[tile][r], m, place);
+            if constexpr (D == 4) weights<D, REFINED, S + 1>(w[r] + 2, codes[tile][r], fine[tile][r], m, place);
         }
         #pragma unroll
         for (int t = 0; t < TILES; t++) multiply(sums[tile][t], w[0][0], w[1][0], w[0][1], w[1][1], in[t].x, in[t].y);
