@@ -83,6 +83,11 @@ class Run:
     salt: str = ""
     slo: str = ""
 
+    @property
+    def is_search(self) -> bool:
+        """Whether it looks for the largest rate that keeps the SLO, and so has stages that break it."""
+        return bool(self.profile["traffic"]["kind"] == "search")
+
 
 @dataclass(frozen=True)
 class Record:

@@ -190,14 +190,14 @@ class Results:
             return [Group.of(name, [r for r in measured if of(r) == name], slo) for name in order]
 
         total = Group.of("all", measured, slo) if measured else None
-        search = logs[0].run.profile["traffic"]["kind"] == "search"
-        stages = groups(lambda record: record.stage, sort=search)
+        run = logs[0].run
+        stages = groups(lambda record: record.stage, sort=run.is_search)
         broken = (total.broken if total else slo.broken([])) if slo else []
-        if search:
+        if run.is_search:
             # It goes on until a rate breaks it.
             broken = [] if any(not stage.broken for stage in stages) else ["no rate kept it; start lower"]
         return cls(
-            run=logs[0].run,
+            run=run,
             slo=slo,
             broken=broken,
             total=total,
@@ -205,7 +205,7 @@ class Results:
             kinds=groups(lambda record: record.kind),
             languages=groups(lambda record: record.language),
             warm_up=len(records) - len(measured),
-            complete=len(logs) == logs[0].run.sources and all(log.complete for log in logs),
+            complete=len(logs) == run.sources and all(log.complete for log in logs),
             warnings=_warnings(logs, measured),
             records=records,
             samples=samples,
@@ -214,7 +214,7 @@ class Results:
     @property
     def verdict(self) -> str:
         """Whether the SLO was kept, in words; of a search the largest rate that kept it."""
-        if self.broken or self.run.profile["traffic"]["kind"] != "search":
+        if self.broken or not self.run.is_search:
             return "; ".join(self.broken) or "kept"
         # A search names its stages by their rates, and tries each once.
         rates = {float(stage.name.removeprefix("rate ")): stage.broken for stage in self.stages}

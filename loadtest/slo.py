@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Self
 
+import numpy as np
+
 from loadtest.distribution import Distribution
 from loadtest.records import Outcome, Record
 
@@ -92,7 +94,9 @@ class Slo:
             if limit is None:
                 continue
             values = _values(name, record)
-            if values and _nearest_rank(values, self.percentile if name == "itl_s" else 100) > limit:
+            percent = self.percentile if name == "itl_s" else 100
+            # Not by a histogram: making one for each request takes minutes for thousands.
+            if values and np.percentile(values, percent, method="inverted_cdf") > limit:
                 return False
         return True
 
@@ -116,11 +120,6 @@ class Slo:
             right = f"{sum(judged) / len(judged):.1%} of {len(judged)} answers right" if judged else "no answer judged"
             reasons.append(f"{right}, {self.correct:.1%} wanted")
         return reasons
-
-
-def _nearest_rank(values: Sequence[float], percent: float) -> float:
-    """The least value that so many per cent do not exceed: a histogram for each request takes minutes for thousands."""
-    return sorted(values)[math.ceil(len(values) * percent / 100) - 1]
 
 
 def _values(name: str, record: Record) -> Sequence[float]:
