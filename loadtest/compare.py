@@ -178,9 +178,9 @@ def ratios(before: Sequence[Array], after: Sequence[Array], statistic: Callable[
     return np.array([drawn() for _ in range(RESAMPLES)])
 
 
-def interval(found: Array, confidence: float = CONFIDENCE) -> tuple[float, float]:
+def interval(found: Array) -> tuple[float, float]:
     """The interval of a bootstrap distribution, whose ends may be infinite."""
-    tail = (1 - confidence) / 2
+    tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(found, (tail, 1 - tail), method="inverted_cdf")
     return float(low), float(high)
 
