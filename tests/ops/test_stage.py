@@ -352,13 +352,7 @@ def start() -> Iterator[Start]:
 
     def begin(*argv: str | Path) -> subprocess.Popen[str]:
         script = Path(sys.executable).with_name("vqserve-ops")
-        # A test run in the background ignores SIGINT, and so would all that it starts.
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)
-        try:
-            process = subprocess.Popen([script, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        finally:
-            signal.signal(signal.SIGINT, before)
-        running.append(process)
+        running.append(subprocess.Popen([script, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
         return running[-1]
 
     yield begin
