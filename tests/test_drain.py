@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
+from ports import free_port
 from vqserve.cli import main
 
 Capture = pytest.CaptureFixture[str]
@@ -55,8 +55,7 @@ def test_it_posts_to_drain_says_the_answer_and_waits_whatever_proxy_is_set(
 
 
 def test_no_server_is_one_line(capsys: Capture) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     assert main(["drain", "--port", str(port)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from e2e.receiver import Receiver, receiver
+from ports import free_port
 
 KEY = "e2e-secret"
 Samples = dict[str, dict[str, float]]
@@ -91,8 +91,7 @@ def watched(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 @contextmanager
 def serving(model: Path, folder: Path, *options: str, **variables: str) -> Iterator[Server]:
     """Starts a model's server on a free port, and ends it; the machine's proxy and cache settings do not reach it."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     command = [str(Path(sys.executable).with_name("vqserve")), "serve", str(model), "--port", str(port), *options]
     environment = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
     # Threads that spin for their next operation would take the cores from another process's server.

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import json
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ports import free_port
 from vqserve.cli import main
 from vqserve.evaluate.questions import Result, check_same, compare, draw, table
 from vqserve.evaluate.served import Reply
@@ -21,8 +21,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
 
 
 def test_a_server_that_is_not_there_is_said_so(capsys: pytest.CaptureFixture[str]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     line = error_of(capsys, "arithmetic", f"http://127.0.0.1:{port}", "--per-language", "2")
     assert "cannot be reached" in line
     assert "vqserve serve" in line

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from openai import OpenAI
 from contracts.test_locks import pins
 from e2e.conftest import Server, get, wait_for
 from images.containers import components, configuration, image, output_of, run_command
+from ports import free_port
 
 pytestmark = pytest.mark.system
 
@@ -27,8 +27,7 @@ def name() -> str:
 
 @pytest.fixture(scope="module")
 def served(name: str, demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     url, log = f"http://127.0.0.1:{port}", tmp_path_factory.mktemp("container") / "log"
     options = (f"--volume={demo_model}:/model:ro", "--shm-size=1g")
     command = run_command(

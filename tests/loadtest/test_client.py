@@ -13,6 +13,7 @@ from loadtest.answer import Answer, Broken
 from loadtest.client import Client, Options, Place
 from loadtest.prompts import Message, Prompt
 from loadtest.records import Outcome, Record
+from ports import free_port
 
 PROMPT = Prompt("sum", "en", (Message("user", "6 × 7 = ?"),), "42")
 
@@ -57,8 +58,7 @@ def test_every_end_of_a_request_lands_in_its_class(server: str, model: str, outc
 
 
 def test_a_server_that_is_not_there_is_told_from_one_that_fails() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     record = ask(f"http://127.0.0.1:{port}", "plain")
     assert (record.outcome, record.status) == (Outcome.CONNECT, None)
 

@@ -20,6 +20,7 @@ import pytest
 
 from loadtest import handover, records
 from loadtest.shapes import Stage, arrivals
+from ports import free_port
 
 ROOT = Path(__file__).parents[2]
 LOCUST = [sys.executable, "-m", "loadtest"]
@@ -112,12 +113,6 @@ def started(arguments: list[str]) -> Iterator[subprocess.Popen[str]]:
             process.kill()
         out, err = process.communicate() if process.stdout and not process.stdout.closed else ("", "")
         sys.stdout.write(f"{arguments[4:]}: {process.returncode}\n{out}{err}")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
-        return port
 
 
 def distributed(server: str, folder: Path, model: str, *options: str) -> tuple[list[str], list[str]]:

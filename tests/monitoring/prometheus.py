@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import subprocess
 import time
 import urllib.error
@@ -15,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from ports import free_port
 
 NAMESPACE, RELEASE = "llm", "demo-vqserve"
 POD = f"{RELEASE}-5d8f7c9b6d-x2x4z"
@@ -105,8 +106,7 @@ def watching(server: str, rules: Path, folder: Path) -> Iterator[Prometheus]:
     assert program, "no prometheus: Debian has it in the package of that name"
     config, log = folder / "prometheus.yaml", folder / "log"
     config.write_text(json.dumps(_config(server, rules)), "utf-8")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     command = [program, f"--config.file={config}", f"--storage.tsdb.path={folder / 'data'}"]
     with log.open("wb") as output:
         process = subprocess.Popen([*command, f"--web.listen-address={address}"], stdout=output, stderr=output)
