@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,8 @@ import webbrowser
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from loadtest.ports import free_port
 
 START_S = 300.0
 """For the server to be ready: a minute on two idle cores."""
@@ -32,8 +33,7 @@ def serving(model: Path, log: Path, *more: str) -> Iterator[tuple[str, int]]:
     Raises:
         DemoError: It ended, or was not ready in time.
     """
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     command = [str(Path(sys.executable).with_name("vqserve")), "serve", str(model), "--port", str(port), *more]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from ports import free_port
+from loadtest.ports import free_port
 from vqserve.cli import main
 
 Capture = pytest.CaptureFixture[str]

@@ -19,7 +19,7 @@ from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from e2e.receiver import Receiver, receiver
-from ports import free_port
+from loadtest.ports import free_port
 
 KEY = "e2e-secret"
 Samples = dict[str, dict[str, float]]

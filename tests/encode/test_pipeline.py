@@ -88,7 +88,7 @@ def test_what_is_not_quantized_is_the_parents_bit_by_bit(parent: Path, encoded: 
 
 
 def test_another_budget_reuses_the_work_and_more_bits_cost_less(
-    parent: Path, calibration: Path, work: Path, encoded: Path, tmp_path: Path
+    parent: Path, calibration: Path, work: Path, tmp_path: Path
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in work.glob("*.safetensors")}
     plans = [
@@ -108,7 +108,6 @@ def test_another_budget_reuses_the_work_and_more_bits_cost_less(
 def test_too_few_predictions_are_warned_of_in_any_case(
     parent: Path,
     calibration: Path,
-    encoded: Path,
     work: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -106,7 +106,7 @@ def test_weights_too_large_to_compute_with_are_refused_and_the_layer_named(
 
 
 def test_a_second_encode_into_the_same_folder_is_refused_while_the_first_runs(
-    parent: Path, calibration: Path, work: Path, encoded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    parent: Path, calibration: Path, work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     with claimed(out):
@@ -159,7 +159,6 @@ def test_a_disk_that_is_full_for_small_files_too_is_said_in_one_line(
     parent: Path,
     calibration: Path,
     work: Path,
-    encoded: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -191,7 +190,7 @@ def test_a_destination_with_something_in_it_is_refused_and_left_alone(
 
 
 def test_a_work_folder_of_another_encode_is_refused(
-    parent: Path, calibration: Path, work: Path, encoded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    parent: Path, calibration: Path, work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = arguments(parent, tmp_path / "out", calibration, "--work", str(work), "--seed", "1")
     assert "another encode (seed, tokens differ)" in refused(capsys, *other)

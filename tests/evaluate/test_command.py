@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ports import free_port
+from loadtest.ports import free_port
 from vqserve.cli import main
 from vqserve.evaluate.questions import Result, check_same, compare, draw, table
 from vqserve.evaluate.served import Reply

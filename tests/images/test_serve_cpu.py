@@ -13,7 +13,7 @@ from openai import OpenAI
 from contracts.test_locks import pins
 from e2e.conftest import Server, get, wait_for
 from images.containers import components, configuration, image, output_of, run_command
-from ports import free_port
+from loadtest.ports import free_port
 
 pytestmark = pytest.mark.system
 

@@ -11,9 +11,9 @@ import pytest
 
 from loadtest.answer import Answer, Broken
 from loadtest.client import Client, Options, Place
+from loadtest.ports import free_port
 from loadtest.prompts import Message, Prompt
 from loadtest.records import Outcome, Record
-from ports import free_port
 
 PROMPT = Prompt("sum", "en", (Message("user", "6 × 7 = ?"),), "42")
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -52,29 +52,26 @@ file = "ours.jsonl"
 
 
 @dataclass(frozen=True)
-class Means:
-    """Of one round's requests: seconds to the first token, per token after it, of a whole request."""
+class Figures:
+    """Means over requests: seconds to the first token, and for each after it; tokens per second of all streams."""
 
     ttft: float
     tpot: float
-    e2e: float
+    tokens_per_s: float
 
 
-Tool = Callable[[str, Path, Path], tuple[Means, float, int]]
+Tool = Callable[[str, Path, Path], tuple[Figures, int]]
+"""Loads a server's address with a model into a folder; what it says, and how many requests it sent."""
 
 
 @dataclass(frozen=True)
 class Said:
-    """What a tool says of a round, and what the server counted of the same requests."""
+    """What a tool says, and what the server counted of the same requests."""
 
-    tool: Means
-    tokens_per_s: float
-    server: Means
+    tool: Figures
+    server: Figures
 
     def of_the_servers(self, what: str) -> float:
-        """The tool's figure over the server's: of throughput, over what the streams could have got without a pause."""
-        if what == "tokens_per_s":
-            return self.tokens_per_s * self.server.e2e / (STREAMS * TOKENS)
         return float(getattr(self.tool, what) / getattr(self.server, what))
 
 
@@ -102,8 +99,8 @@ def measured(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         for attempt in range(ATTEMPTS):
             for name, tool in TOOLS.items():
                 before = counters(url)
-                means, tokens_per_s, requests = tool(url, demo_model, folder / f"{name}-{attempt}")
-                found[name] = Said(means, tokens_per_s, since(before, counters(url), requests))
+                figures, requests = tool(url, demo_model, folder / f"{name}-{attempt}")
+                found[name] = Said(figures, since(before, counters(url), requests))
             if all(agree(ratio(what, found["ours"], found[other])) for what in WHAT for other in OTHER):
                 break
     return found
@@ -116,16 +113,18 @@ def counters(url: str) -> dict[str, float]:
         return {sample.name: sample.value for family in families for sample in family.samples}
 
 
-def since(before: dict[str, float], after: dict[str, float], requests: int) -> Means:
+def since(before: dict[str, float], after: dict[str, float], requests: int) -> Figures:
+    """What the server counted; its throughput is what the streams get without a pause between requests."""
+
     def mean(name: str) -> float:
         seconds, count = (after[f"vllm:{name}_{of}"] - before[f"vllm:{name}_{of}"] for of in ("sum", "count"))
         assert count == requests, "the server counted others than the tool"
         return seconds / count
 
-    return Means(
+    return Figures(
         mean("time_to_first_token_seconds"),
         mean("request_time_per_output_token_seconds"),
-        mean("e2e_request_latency_seconds"),
+        STREAMS * TOKENS / mean("e2e_request_latency_seconds"),
     )
 
 
@@ -136,7 +135,7 @@ def run(command: list[str], folder: Path, name: str) -> None:
     assert done.returncode == 0, f"{name} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
 
-def ours(url: str, model: Path, folder: Path) -> tuple[Means, float, int]:
+def ours(url: str, model: Path, folder: Path) -> tuple[Figures, int]:
     command = [sys.executable, "-m", "loadtest", "--headless", "--only-summary"]
     command += ["--host", url, "--load-profile", str(folder.parent / "same.toml")]
     command += ["--records", str(folder), "--run-name", "ours"]
@@ -145,12 +144,11 @@ def ours(url: str, model: Path, folder: Path) -> tuple[Means, float, int]:
     assert {record.outcome for record in found} == {Outcome.OK}
     assert {record.completion_tokens for record in found} == {TOKENS}
     report = json.loads((folder / "ours" / "report.json").read_text())
-    names = ("ttft_s", "tpot_s", "e2e_s")
-    means = (float(np.mean([getattr(record, name) for record in found])) for name in names)
-    return Means(*means), report["total"]["tokens_per_s"], len(found)
+    ttft, tpot = (float(np.mean([getattr(record, name) for record in found])) for name in ("ttft_s", "tpot_s"))
+    return Figures(ttft, tpot, report["total"]["tokens_per_s"]), len(found)
 
 
-def bench(url: str, model: Path, folder: Path) -> tuple[Means, float, int]:
+def bench(url: str, model: Path, folder: Path) -> tuple[Figures, int]:
     command = [str(OTHERS / "python"), "-c", BENCH, "--backend", "openai-chat", "--endpoint", "/v1/chat/completions"]
     command += ["--base-url", url, "--model", served(url), "--tokenizer", str(model), "--dataset-name", "custom"]
     command += ["--dataset-path", str(folder.parent / "bench.jsonl"), "--custom-output-len", "-1"]
@@ -162,11 +160,10 @@ def bench(url: str, model: Path, folder: Path) -> tuple[Means, float, int]:
     said = json.loads((folder / "bench.json").read_text())
     assert said["completed"] == REQUESTS
     assert said["output_lens"] == REQUESTS * [TOKENS]
-    means = Means(said["mean_ttft_ms"] / 1e3, said["mean_tpot_ms"] / 1e3, float(np.mean(said["latencies"])))
-    return means, said["output_throughput"], REQUESTS
+    return Figures(said["mean_ttft_ms"] / 1e3, said["mean_tpot_ms"] / 1e3, said["output_throughput"]), REQUESTS
 
 
-def guidellm(url: str, model: Path, folder: Path) -> tuple[Means, float, int]:
+def guidellm(url: str, model: Path, folder: Path) -> tuple[Figures, int]:
     command = [str(OTHERS / "guidellm"), "run", "--disable-console"]
     command += ["--backend", f"kind=openai_http,target={url},model={served(url)},request_format=/v1/chat/completions"]
     command += ["--profile", f"kind=concurrent,streams={STREAMS}"]
@@ -180,9 +177,11 @@ def guidellm(url: str, model: Path, folder: Path) -> tuple[Means, float, int]:
     assert [request["output_tokens"] for request in requests] == REQUESTS * [TOKENS]
     span = max(r["request_end_time"] for r in requests) - min(r["request_start_time"] for r in requests)
     # Its own time per output token holds the first token's wait; its time between tokens is what others call TPOT.
-    names = {"time_to_first_token_ms": 1e-3, "inter_token_latency_ms": 1e-3, "request_latency": 1.0}
-    means = (unit * float(np.mean([request[name] for request in requests])) for name, unit in names.items())
-    return Means(*means), REQUESTS * TOKENS / span, REQUESTS
+    ttft, tpot = (
+        float(np.mean([request[f"{name}_ms"] for request in requests])) / 1e3
+        for name in ("time_to_first_token", "inter_token_latency")
+    )
+    return Figures(ttft, tpot, REQUESTS * TOKENS / span), REQUESTS
 
 
 TOOLS: dict[str, Tool] = {"bench": bench, "ours": ours, "guidellm": guidellm}
@@ -215,13 +214,7 @@ def test_others_agree_within_five_per_cent(what: str, other: str, measured: dict
 @pytest.mark.parametrize("factor", [0.9, 1.1])
 @pytest.mark.parametrize("what", WHAT)
 def test_a_slower_server_is_no_disagreement_and_another_reading_of_it_is(what: str, factor: float) -> None:
-    mine, slower = (Means(ttft=0.1 * slow, tpot=0.02 * slow, e2e=slow) for slow in (1.0, 1.5))
-    tokens_per_s = STREAMS * TOKENS / mine.e2e
-    same = Said(slower, tokens_per_s / 1.5, server=slower)
-    other = Said(
-        Means(ttft=factor * slower.ttft, tpot=factor * slower.tpot, e2e=slower.e2e),
-        factor * tokens_per_s / 1.5,
-        server=slower,
-    )
-    assert ratio(what, Said(mine, tokens_per_s, server=mine), same) == pytest.approx(1)
-    assert not agree(ratio(what, Said(mine, tokens_per_s, server=mine), other))
+    mine, slower = Figures(0.1, 0.02, 100.0), Figures(0.15, 0.03, 67.0)
+    reading = replace(slower, **{what: factor * getattr(slower, what)})
+    assert ratio(what, Said(mine, server=mine), Said(slower, server=slower)) == pytest.approx(1)
+    assert not agree(ratio(what, Said(mine, server=mine), Said(reading, server=slower)))

@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 
 from loadtest import handover, records
+from loadtest.ports import free_port
 from loadtest.shapes import Stage, arrivals
-from ports import free_port
 
 ROOT = Path(__file__).parents[2]
 LOCUST = [sys.executable, "-m", "loadtest"]

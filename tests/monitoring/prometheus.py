@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ports import free_port
+from loadtest.ports import free_port
 
 NAMESPACE, RELEASE = "llm", "demo-vqserve"
 POD = f"{RELEASE}-5d8f7c9b6d-x2x4z"

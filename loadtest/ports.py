@@ -1,4 +1,4 @@
-"""Ports for the servers that tests start."""
+"""Ports for servers that are started to be tested or loaded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import socket
 from contextlib import suppress
 
 FROM, TO = 20_000, 30_000
-"""Below those that Linux hands out (32768 and up), of which a client of another test may get any, and has done so,
+"""Below those that Linux hands out (32768 and up), of which a client may get any, and has done so,
 between the choice of a port and the moment, half a minute later, when the server listens on it."""
 
 
