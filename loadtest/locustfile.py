@@ -119,6 +119,9 @@ class Traffic(LoadTestShape):
         return processes, float(processes)
 
     def _over(self, session: Session) -> bool:
+        # Whoever stops it will quit: to stop it once more, Locust would have workers sign off and miss that.
+        if session.stopping:
+            return False
         if session.gave_up:
             return True
         if not session.is_master:

@@ -29,7 +29,7 @@ from loadtest.prompts import Mix, Sizing
 from loadtest.records import Record, RecordError, Run, Sample
 from loadtest.report import html, summary, write
 from loadtest.results import Results
-from loadtest.sinks import MESSAGE, Collector, Sink, ToMaster, file_of
+from loadtest.sinks import END, MESSAGE, Collector, Sink, ToMaster, file_of
 from loadtest.slo import Slo, SloError
 from loadtest.watch import Watch
 
@@ -78,6 +78,8 @@ class Session:
             environment.process_exit_code = NOT_RUN
         if isinstance(environment.runner, MasterRunner):
             environment.runner.register_message(MESSAGE, self._receive)
+        if isinstance(environment.runner, WorkerRunner):
+            environment.runner.register_message(END, lambda **_: self.stop())
 
     def _read(self) -> tuple[Profile, Slo | None]:
         profile = profiles.read(profiles.find(self._options.load_profile))
@@ -94,6 +96,11 @@ class Session:
         return (
             self._collector is not None and self._present() & self._options.ranks.keys() <= self._collector.ended.keys()
         )
+
+    @property
+    def stopping(self) -> bool:
+        """Whether `stop` is under way."""
+        return bool(self._stopping.locked())
 
     def start(self) -> None:
         """Looks at the server, opens what lines go to and sends; a master only prepares to collect."""
@@ -255,11 +262,10 @@ class Session:
 
     def _collect(self, collector: Collector) -> None:
         assert self._environment.runner
-        # Locust may start workers again that are ready after their end.
-        self._options.ranks = {}
-        # At Ctrl-C Locust tells workers to quit only after this.
+        # At Ctrl-C Locust tells workers to quit only after this. Its own `stop` has them sign off and on again, and
+        # those that are between the two are never told.
         for node in collector.sources - collector.ended.keys():
-            self._environment.runner.send_message("stop", client_id=node)
+            self._environment.runner.send_message(END, client_id=node)
         with suppress(_TookTooLong), gevent.Timeout(COLLECT_S, _TookTooLong):
             while collector.sources & self._present() - collector.ended.keys():
                 gevent.sleep(0.05)

@@ -15,6 +15,8 @@ from loadtest.records import Record, Run, Sample, Writer, record_of, run_of, sam
 
 MESSAGE = "loadtest"
 """Of a worker to the master: the head of its run, lines, and how it ended; or why it could not begin."""
+END = "loadtest-end"
+"""Of the master to a worker: send nothing more, and what is left of the lines."""
 PERIOD_S = 1.0
 
 logger = logging.getLogger(__name__)

@@ -177,9 +177,11 @@ def most_under_way(found: list[records.Record]) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("headless", [True, False])
-def test_a_master_that_is_terminated_reports_what_its_workers_had_sent(
-    server: str, tmp_path: Path, headless: bool
+def test_a_master_that_is_terminated_reports_what_its_workers_had_sent_and_they_quit(
+    server: str, tmp_path: Path, headless: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # A worker that Locust stops is unknown to its master until it is ready again, and not told to quit meanwhile.
+    monkeypatch.setenv("LOCUST_WORKER_ADDITIONAL_WAIT_BEFORE_READY_AFTER_STOP", "60")
     write(tmp_path, "open", "rate = 20", 600)
     master, worker = distributed(server, tmp_path, "schedule")
     if not headless:
