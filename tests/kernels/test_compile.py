@@ -76,11 +76,12 @@ def test_the_triton_kernels_fit_and_spill_nothing_on_sm_120(chip: int) -> None:
 
 @pytest.mark.parametrize("tokens", gather.TOKENS)
 def test_the_gathering_kernels_fit_sm_120_and_spill_nothing(tokens: int, tmp_path: Path) -> None:
-    cubin = compile_source("vqserve.kernels.vq_gemm", "gather.cu", "sm_120a", (f"TOKENS={tokens}",))
+    warps = gather.warps((12, 0))
+    cubin = compile_source("vqserve.kernels.vq_gemm", "gather.cu", "sm_120a", gather.defines(tokens, warps))
     found = _resources(cubin, tmp_path)
-    assert found.keys() == {"group", "to_half", "gate_up", "down", "combine"}
+    assert found.keys() == {"group", "to_half", "gate_up", "level", "down", "combine"}
     for name, usage in found.items():
-        total = usage["SHARED"] + (gather.shared_bytes(tokens) if name in ("gate_up", "down") else 0)
+        total = usage["SHARED"] + (gather.shared_bytes(tokens, warps) if name in ("gate_up", "down") else 0)
         print(f"{name}, {tokens} tokens: {usage['REG']} registers, {total} bytes shared")  # noqa: T201
         assert total <= SHARED_PER_BLOCK
         assert usage["STACK"] == usage["LOCAL"] == 0

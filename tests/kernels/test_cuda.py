@@ -93,7 +93,7 @@ def _cases() -> Iterator[tuple[dict[str, str], str]]:
 
 def _counts() -> Iterator[tuple[ModuleType, int]]:
     yield from ((lut, tokens) for tokens in (1, 2, 5, 8))
-    yield from ((gather, tokens) for tokens in (1, 9, 33, 400))
+    yield from ((gather, tokens) for tokens in (1, 18, 33, 400))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -113,6 +113,38 @@ def test_it_computes_what_the_reference_computes(
     routed = _routed(seed, tokens, hidden, 8, 3, dtype)
     expected = reference_moe(routed[0].float(), *routed[1:], experts)
     assert _error(_run(kernel, routed, KernelExperts.of(experts)), expected) < 2e-3
+
+
+@pytest.mark.parametrize("tokens", [1, 18, 33, 400])
+@pytest.mark.parametrize(("hidden", "width"), SHAPES)
+def test_blocks_as_on_chips_with_less_shared_memory_compute_the_same(
+    hidden: int, width: int, tokens: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = _experts(seed, hidden, width, _mixed(seed, 8))
+    routed = _routed(seed, tokens, hidden, 8, 3, torch.bfloat16)
+    expected = reference_moe(routed[0].float(), *routed[1:], experts)
+    for capabilities in ((), (torch.cuda.get_device_capability(),)):
+        monkeypatch.setattr(gather, "_ROOMY", capabilities)
+        assert _error(_run(gather, routed, KernelExperts.of(experts)), expected) < 2e-3
+
+
+@pytest.mark.parametrize("tokens", [1, 18, 33, 400])
+def test_groups_of_scale_0_between_large_and_small_ones_add_nothing(tokens: int, seed: int) -> None:
+    experts = _experts(seed, 640, 256, _mixed(seed, 8))
+    generator = torch.Generator().manual_seed(seed)
+    for expert in range(8):
+        for proj in PROJECTIONS:
+            scales = experts.planes(expert, proj)["scales"]
+            kinds = torch.randint(0, 6, scales.shape, generator=generator).cuda()
+            scales[kinds == 0] = 0.0
+            scales[kinds == 1] *= 2.0**-9
+            scales[kinds == 2] *= -1.0
+    routed = _routed(seed, tokens, 640, 8, 3, torch.float16)
+    expected = reference_moe(routed[0].float(), *routed[1:], experts)
+    assert _error(_run(gather, routed, KernelExperts.of(experts)), expected) < 2e-3
+    for expert in range(8):
+        experts.planes(expert, "up_proj")["scales"].zero_()
+    assert float(_run(gather, routed, KernelExperts.of(experts)).abs().max()) < 1e-12
 
 
 @pytest.mark.parametrize(("kernel", "share"), [(lut, 0.01), (gather, 0.25)], ids=["lut", "gather"])

@@ -18,31 +18,42 @@ from vqserve.kernels.nvrtc import Argument, Kernel, load_kernel
 from vqserve.kernels.vq_gemm.grouping import Grouping, most_blocks
 
 DTYPES = (torch.bfloat16, torch.float16)
-TOKENS = (8, 16, 24)
+TOKENS = (8, 16, 32, 64)
 """Pairs per block to choose from."""
-SPARE = 2
-"""The block chosen is the smallest that holds as many times an expert's average share."""
-ROWS = THREADS = 128
+SHARES = (4, 8, 48)
+"""Up to so many pairs per expert on average the first, second, third of them is fastest on an H200."""
 PADDING = 32
 """Elements behind each row of activations: `padded` of gather.cu."""
 MAX_PAIRS, MAX_EXPERTS = 1024, 512
 """What the sort in one block takes; torch sorts more."""
 REPEAT = 4
-"""Tiles of 128 rows that a block of `down` takes, so that its codebook is loaded for more than one."""
+"""Tiles of rows that a block of `down` takes, so that its codebook is loaded for more than one."""
 WORKSPACE = 128 << 20
 """Bytes of products before the sum over a token's choices."""
 
 _SOURCE = ("vqserve.kernels.vq_gemm", "gather.cu")
+_ROOMY = ((9, 0), (10, 0), (10, 3))
+"""Chips with 228 KiB of shared memory per multiprocessor; others have 100 to 164."""
 
 
-def shared_bytes(tokens: int) -> int:
+def warps(capability: tuple[int, int]) -> int:
+    """Warps per block, each 32 rows: where memory is short, more of them share a codebook."""
+    return 4 if capability in _ROOMY else 8
+
+
+def shared_bytes(tokens: int, warps: int) -> int:
     """Shared memory per block: `Memory` of gather.cu."""
-    return 272 * 128 + 512 * tokens + 16 * tokens
+    return 272 * 128 + 4 * warps * tokens + 2 * (272 * tokens + 1600 * warps)
+
+
+def defines(tokens: int, warps: int) -> tuple[str, ...]:
+    """Macros that gather.cu is compiled with."""
+    return f"TOKENS={tokens}", f"WARPS={warps}"
 
 
 def block_tokens(pairs: int, experts: int) -> int:
     """Pairs per block."""
-    return next((size for size in TOKENS if size * experts >= SPARE * pairs), TOKENS[-1])
+    return TOKENS[sum(pairs > share * experts for share in SHARES)]
 
 
 def group(topk_ids: Tensor, expert_map: Tensor | None, experts: int, tokens: int) -> Grouping:
@@ -71,13 +82,18 @@ def group(topk_ids: Tensor, expert_map: Tensor | None, experts: int, tokens: int
 def load(device: torch.device) -> None:
     """Compiles and loads the kernels."""
     for tokens in TOKENS:
-        for name in ("group", "to_half", "gate_up", "down", "combine"):
+        for name in ("group", "to_half", "gate_up", "level", "down", "combine"):
             _kernel(name, device, tokens)
 
 
+def _warps(device: torch.device) -> int:
+    return warps(torch.cuda.get_device_capability(device))
+
+
 def _kernel(name: str, device: torch.device, tokens: int) -> Kernel:
-    shared = shared_bytes(tokens) if name in ("gate_up", "down") else 0
-    return load_kernel(*_SOURCE, name, device.index, shared, (f"TOKENS={tokens}",))
+    of = _warps(device)
+    shared = shared_bytes(tokens, of) if name in ("gate_up", "down") else 0
+    return load_kernel(*_SOURCE, name, device.index, shared, defines(tokens, of))
 
 
 def moe(
@@ -101,6 +117,9 @@ def moe(
     assert x.stride(1) == 1
     pairs, device = tokens * top_k, x.device
     block = block_tokens(pairs, number)
+    # Rows are found by 32-bit numbers of bytes.
+    assert 2 * max(tokens * (hidden + PADDING), (pairs + block) * (width + PADDING)) < 1 << 32
+    rows = threads = 32 * _warps(device)  # of a block
     bf16, ids64 = c_int(x.dtype == torch.bfloat16), c_int(topk_ids.dtype == torch.int64)
     routed: list[Argument] = [topk_ids, ids64, expert_map]
 
@@ -111,27 +130,31 @@ def moe(
         return torch.empty(shape, dtype=dtype, device=device)
 
     groups = group(topk_ids, expert_map, number, block)
-    blocks = len(groups.expert)
-    half, factors = empty(tokens, hidden + PADDING, dtype=torch.float16), empty(tokens)
-    kernel("to_half").launch(tokens, 256, [x, c_int64(x.stride(0)), bf16, half, factors, c_int(hidden)])
+    blocks, tiles = len(groups.expert), -(-width // rows)
+    # In two orders of columns: for codewords of 4 and of 8.
+    halves = [empty(tokens, hidden + PADDING, dtype=torch.float16) for _ in range(2)]
+    factors = empty(tokens)
+    kernel("to_half").launch(tokens, 256, [x, c_int64(x.stride(0)), bf16, *halves, factors, c_int(hidden)])
     # A block reads all of its positions, also those behind its last one.
-    h, h_factors = empty(pairs + block, width + PADDING, dtype=torch.float16), empty(width // ROWS, pairs + block)
+    h, h_factors = empty(pairs + block, width + PADDING, dtype=torch.float16), empty(tiles, pairs + block)
     gate_up, down = ([*planes, experts.places, experts.codebooks] for planes in experts.planes)
     sizes = [c_int(size) for size in (pairs + block, top_k, hidden, width)]
     kernel("gate_up").launch(
-        width // ROWS * blocks, THREADS, [*gate_up, half, factors, *groups.tensors, h, h_factors, *sizes]
+        tiles * blocks, threads, [*gate_up, *halves, factors, *groups.tensors, h, h_factors, *sizes]
     )
+    h_factor = empty(pairs)
+    kernel("level").launch(pairs, 128, [h, h_factors, h_factor, c_int(pairs + block), c_int(width)])
     out = torch.empty(tokens, hidden, dtype=x.dtype, device=device)
-    slice_rows = min(hidden, max(1, WORKSPACE // (4 * pairs * ROWS)) * ROWS)
+    slice_rows = min(hidden, max(1, WORKSPACE // (4 * pairs * rows)) * rows)
     products = empty(pairs, slice_rows)
     for first in range(0, hidden, slice_rows):
-        rows = min(slice_rows, hidden - first)
-        parts = -(-rows // ROWS // REPEAT)
-        part = [c_int(size) for size in (pairs + block, first, rows, REPEAT, hidden, width)]
-        kernel("down").launch(parts * blocks, THREADS, [*down, h, h_factors, *groups.tensors, products, *part])
+        taken = min(slice_rows, hidden - first)
+        parts = -(-taken // rows // REPEAT)
+        part = [c_int(size) for size in (first, taken, REPEAT, hidden, width)]
+        kernel("down").launch(parts * blocks, threads, [*down, h, h_factor, *groups.tensors, products, *part])
         kernel("combine").launch(
-            -(-tokens * rows // 4 // 256),
+            -(-tokens * taken // 4 // 256),
             256,
-            [products, *routed, topk_weights, out, bf16, *map(c_int, (tokens, top_k, first, rows, hidden))],
+            [products, *routed, topk_weights, out, bf16, *map(c_int, (tokens, top_k, first, taken, hidden))],
         )
     return out
