@@ -1,4 +1,4 @@
-"""Compiles ahead, without a GPU, what the server would compile at its first start: `ahead.py ARCH`, e.g. `sm_120a`.
+"""Compiles ahead, without a GPU, what the server would compile at its first start: `ahead.py CAPABILITY`, e.g. `12.0`.
 
 The kernels of vqserve go into its package, where they are looked for first. Triton's interface to the driver, which it
 compiles with a C compiler, goes beside `image_cache.py`, which lets Triton find it in an image without one.
@@ -14,29 +14,20 @@ import sys
 import tempfile
 from importlib import resources
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
-import torch
 import triton
 from triton.backends.nvidia import driver
 from triton.runtime import build, cache
 
-from vqserve.kernels import moe, nvrtc
-from vqserve.kernels.vq_gemm import cuda as gather
-from vqserve.kernels.vq_moe import cuda as lut
+from vqserve.kernels import moe
 
 
-def compile_kernels(arch: str) -> None:
-    """Compiles whatever `compile_all` loads, by having it compile where it would load."""
-
-    def compile_only(package: str, name: str, kernel: str, device: int, shared: int = 0, defines: Any = ()) -> None:
-        nvrtc.compile_source(package, name, arch, defines)
-
+def compile_kernels(capability: str) -> None:
+    """Compiles into the package what it looks for there."""
+    major, minor = map(int, capability.split("."))
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = folder
-        with mock.patch.multiple(gather, load_kernel=compile_only), mock.patch.multiple(lut, load_kernel=compile_only):
-            moe.compile_all(torch.device("cuda", 0))
+        moe.compile_ahead((major, minor))
         built = Path(str(resources.files("vqserve.kernels"))) / "built"
         shutil.copytree(Path(folder) / "vqserve" / "kernels", built)
     for file in built.iterdir():

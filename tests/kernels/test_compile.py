@@ -13,9 +13,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 from vqserve.format.errors import UsageError
-from vqserve.kernels import nvrtc
+from vqserve.kernels import moe, nvrtc
 from vqserve.kernels.nvrtc import arch_of, compile_source
 from vqserve.kernels.vq_gemm import cuda as gather
 from vqserve.kernels.vq_moe import cuda as lut
@@ -111,6 +112,24 @@ def test_what_an_image_brings_is_taken_before_the_cache(tmp_path: Path, monkeypa
     installed = resources.files
     monkeypatch.setattr(resources, "files", lambda name: package if name == "vqserve.kernels" else installed(name))
     assert compile_source("vqserve.kernels.vq_moe", "lut.cu", "sm_120a") == b"what the image brings"
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)])
+def test_what_is_compiled_ahead_is_all_that_is_loaded(
+    capability: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(package: str, name: str, kernel: str, device: int, shared: int = 0, defines: tuple[str, ...] = ()) -> None:
+        loaded.add(compile_source(package, name, arch_of(capability), defines))
+
+    ahead, loaded = moe.compile_ahead(capability), set[bytes]()
+    kept = set((tmp_path / "cache" / "vqserve" / "kernels").iterdir())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    for kernels in (lut, gather):
+        monkeypatch.setattr(kernels, "load_kernel", load)
+    moe.compile_all(torch.device("cuda", 0))
+    assert loaded == set(ahead)
+    assert len(ahead) == 1 + len(gather.TOKENS)
+    assert set((tmp_path / "cache" / "vqserve" / "kernels").iterdir()) == kept
 
 
 def test_a_target_that_nvrtc_does_not_know_is_refused_in_one_line() -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vqserve.kernels.experts import KernelExperts
+from vqserve.kernels.nvrtc import arch_of, compile_source
 from vqserve.kernels.vq_gemm import cuda as gather
 from vqserve.kernels.vq_gemm import triton as portable
 from vqserve.kernels.vq_moe import cuda as lut
@@ -29,6 +30,16 @@ def compile_all(device: torch.device) -> None:
     """
     lut.load(device)
     gather.load(device)
+
+
+def compile_ahead(capability: tuple[int, int]) -> list[bytes]:
+    """Compiles what `compile_all` loads on chips of a compute capability, without a GPU; the cubins.
+
+    Raises:
+        UsageError: As `compile_all`.
+    """
+    variants = [(lut.SOURCE, ()), *((gather.SOURCE, defines) for defines in gather.variants(capability))]
+    return [compile_source(*source, arch_of(capability), defines) for source, defines in variants]
 
 
 def moe(

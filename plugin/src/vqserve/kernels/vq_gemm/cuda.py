@@ -31,7 +31,7 @@ REPEAT = 4
 WORKSPACE = 128 << 20
 """Bytes of products before the sum over a token's choices."""
 
-_SOURCE = ("vqserve.kernels.vq_gemm", "gather.cu")
+SOURCE = ("vqserve.kernels.vq_gemm", "gather.cu")
 _ROOMY = ((9, 0), (10, 0), (10, 3))
 """Chips with 228 KiB of shared memory per multiprocessor; others have 100 to 164."""
 
@@ -49,6 +49,11 @@ def shared_bytes(tokens: int, warps: int) -> int:
 def defines(tokens: int, warps: int) -> tuple[str, ...]:
     """Macros that gather.cu is compiled with."""
     return f"TOKENS={tokens}", f"WARPS={warps}"
+
+
+def variants(capability: tuple[int, int]) -> list[tuple[str, ...]]:
+    """All that are compiled for chips of a compute capability."""
+    return [defines(tokens, warps(capability)) for tokens in TOKENS]
 
 
 def block_tokens(pairs: int, experts: int) -> int:
@@ -93,7 +98,7 @@ def _warps(device: torch.device) -> int:
 def _kernel(name: str, device: torch.device, tokens: int) -> Kernel:
     of = _warps(device)
     shared = shared_bytes(tokens, of) if name in ("gate_up", "down") else 0
-    return load_kernel(*_SOURCE, name, device.index, shared, defines(tokens, of))
+    return load_kernel(*SOURCE, name, device.index, shared, defines(tokens, of))
 
 
 def moe(

@@ -24,7 +24,7 @@ THREADS = 512
 SHARED = 272 * 64 * 4 + 512 * 4 + 2 * MAX_EXPERTS * 16 + 6 * 4 + 8 + 32 * 20
 """Bytes of shared memory per block: `Memory` of lut.cu."""
 
-_SOURCE = ("vqserve.kernels.vq_moe", "lut.cu")
+SOURCE = ("vqserve.kernels.vq_moe", "lut.cu")
 
 
 def takes(tokens: int, top_k: int, experts: KernelExperts) -> bool:
@@ -39,7 +39,7 @@ def load(device: torch.device) -> None:
 
 
 def _kernel(name: str, device: torch.device) -> Kernel:
-    return load_kernel(*_SOURCE, name, device.index, 0 if name == "finish" else SHARED)
+    return load_kernel(*SOURCE, name, device.index, 0 if name == "finish" else SHARED)
 
 
 def moe(
