@@ -147,6 +147,27 @@ def test_groups_of_scale_0_between_large_and_small_ones_add_nothing(tokens: int,
     assert float(_run(gather, routed, KernelExperts.of(experts)).abs().max()) < 1e-12
 
 
+def test_more_tokens_than_the_kernels_can_address_take_several_runs(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    experts = KernelExperts.of(_experts(seed, 640, 256, _mixed(seed, 8)))
+    x, weights, ids = _routed(seed, 21, 640, 8, 3, torch.float16)
+    monkeypatch.setattr(gather, "MAX_BYTES", 2 * 6 * (640 + gather.PADDING))
+    alone = [_run(gather, (x[i : i + 1], weights[i : i + 1], ids[i : i + 1]), experts) for i in range(21)]
+    assert _error(_run(gather, (x, weights, ids), experts), torch.cat(alone)) < 1e-3
+
+
+@pytest.mark.parametrize("tokens", [1, 70, 130])
+@pytest.mark.parametrize("capabilities", [(), ((9, 0),)])
+def test_a_matrix_of_one_group_of_columns_and_shares_just_above_a_block(
+    capabilities: tuple[tuple[int, int], ...], tokens: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gather, "_ROOMY", capabilities)
+    experts = _experts(seed, 1152, 128, _mixed(seed, 2))
+    routed = _routed(seed, tokens, 1152, 2, 1, torch.bfloat16)
+    routed[2][: tokens // 2 + 1] = 0
+    expected = reference_moe(routed[0].float(), *routed[1:], experts)
+    assert _error(_run(gather, routed, KernelExperts.of(experts)), expected) < 2e-3
+
+
 @pytest.mark.parametrize(("kernel", "share"), [(lut, 0.01), (gather, 0.25)], ids=["lut", "gather"])
 def test_what_precedes_rounding_is_closer_than_half_precision(kernel: ModuleType, share: float, seed: int) -> None:
     experts = _experts(seed, 1024, 512, _mixed(seed, 8))

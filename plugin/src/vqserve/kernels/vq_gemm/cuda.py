@@ -28,6 +28,8 @@ MAX_PAIRS, MAX_EXPERTS = 1024, 512
 """What the sort in one block takes; torch sorts more."""
 REPEAT = 4
 """Tiles of rows that a block of `down` takes, so that its codebook is loaded for more than one."""
+MAX_BYTES = 1 << 32
+"""Of activations in one run of the kernels, which find rows by 32-bit numbers; more tokens take several."""
 WORKSPACE = 128 << 20
 """Bytes of products before the sum over a token's choices."""
 
@@ -122,8 +124,9 @@ def moe(
     assert x.stride(1) == 1
     pairs, device = tokens * top_k, x.device
     block = block_tokens(pairs, number)
-    # Rows are found by 32-bit numbers of bytes.
-    assert 2 * max(tokens * (hidden + PADDING), (pairs + block) * (width + PADDING)) < 1 << 32
+    if tokens > 1 and 2 * max(tokens * (hidden + PADDING), (pairs + block) * (width + PADDING)) > MAX_BYTES:
+        cuts = [slice(tokens // 2), slice(tokens // 2, tokens)]
+        return torch.cat([moe(x[cut], topk_weights[cut], topk_ids[cut], experts, expert_map) for cut in cuts])
     rows = threads = 32 * _warps(device)  # of a block
     bf16, ids64 = c_int(x.dtype == torch.bfloat16), c_int(topk_ids.dtype == torch.int64)
     routed: list[Argument] = [topk_ids, ids64, expert_map]
