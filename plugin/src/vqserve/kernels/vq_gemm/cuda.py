@@ -72,7 +72,7 @@ def group(topk_ids: Tensor, expert_map: Tensor | None, experts: int, tokens: int
     groups = Grouping(
         *(torch.empty(size, dtype=torch.int32, device=device) for size in (pairs, blocks, blocks, blocks))
     )
-    _kernel("group", device, tokens).launch(
+    _kernel("group", device, tokens, _warps(device)).launch(
         1,
         MAX_PAIRS,
         [
@@ -88,19 +88,19 @@ def group(topk_ids: Tensor, expert_map: Tensor | None, experts: int, tokens: int
 
 def load(device: torch.device) -> None:
     """Compiles and loads the kernels."""
+    warps = _warps(device)
     for tokens in TOKENS:
         for name in ("group", "to_half", "gate_up", "level", "down", "combine"):
-            _kernel(name, device, tokens)
+            _kernel(name, device, tokens, warps)
 
 
 def _warps(device: torch.device) -> int:
     return warps(torch.cuda.get_device_capability(device))
 
 
-def _kernel(name: str, device: torch.device, tokens: int) -> Kernel:
-    of = _warps(device)
-    shared = shared_bytes(tokens, of) if name in ("gate_up", "down") else 0
-    return load_kernel(*SOURCE, name, device.index, shared, defines(tokens, of))
+def _kernel(name: str, device: torch.device, tokens: int, warps: int) -> Kernel:
+    shared = shared_bytes(tokens, warps) if name in ("gate_up", "down") else 0
+    return load_kernel(*SOURCE, name, device.index, shared, defines(tokens, warps))
 
 
 def moe(
@@ -127,12 +127,13 @@ def moe(
     if tokens > 1 and 2 * max(tokens * (hidden + PADDING), (pairs + block) * (width + PADDING)) > MAX_BYTES:
         cuts = [slice(tokens // 2), slice(tokens // 2, tokens)]
         return torch.cat([moe(x[cut], topk_weights[cut], topk_ids[cut], experts, expert_map) for cut in cuts])
-    rows = threads = 32 * _warps(device)  # of a block
+    warps = _warps(device)
+    rows = threads = 32 * warps  # of a block
     bf16, ids64 = c_int(x.dtype == torch.bfloat16), c_int(topk_ids.dtype == torch.int64)
     routed: list[Argument] = [topk_ids, ids64, expert_map]
 
     def kernel(name: str) -> Kernel:
-        return _kernel(name, device, block)
+        return _kernel(name, device, block, warps)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)

@@ -361,7 +361,7 @@ __device__ __forceinline__ void load_codebook_of(Memory& m, const u16* codebooks
     else load_codebook<4>(m, codebooks + CODEBOOK[tier], tier & 1);
 }
 
-// h [position, padded width] * h_factors [width / 128, position] = silu(gate x) * up x, with x [token, padded hidden] *
+// h [position, padded width] * h_factors [width / ROWS, position] = silu(gate x) * up x, with x [token, padded hidden] *
 // x_factors [token]; x and h in the order that codewords of 4, or of 8 want.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 gate_up(const u8* codes, const u8* refinements, const u16* scales, const int4* where, const u16* codebooks,
@@ -447,7 +447,7 @@ gate_up(const u8* codes, const u8* refinements, const u16* scales, const int4* w
         }
 }
 
-// A block per position: h of all tiles of 128 columns with one factor, factors [position].
+// A block per position: h of all tiles of ROWS columns with one factor, factors [position].
 extern "C" __global__ void __launch_bounds__(128)
 level(u16* h, const float* h_factors, float* factors, int stride, int width) {
     const i64 position = blockIdx.x;

@@ -42,12 +42,13 @@ class Grouping:
             expert = torch.where(expert < 0, -1, expert_map.long()[expert.clamp(min=0)])
         ordered, order = torch.where(expert < 0, experts, expert).sort(stable=True)
         starts = torch.searchsorted(ordered, torch.arange(experts + 1, device=expert.device))
-        own = (starts.diff() + tokens - 1) // tokens
+        pairs = starts.diff()
+        own = (pairs + tokens - 1) // tokens  # blocks of each expert
         ends = own.cumsum(0)
         block = torch.arange(most_blocks(len(order), experts, tokens), device=expert.device)
         of_block = torch.searchsorted(ends, block, right=True)
         known = of_block.clamp(max=experts - 1)
-        share = (starts.diff()[known] + own[known] - 1) // own[known].clamp(min=1)
+        share = (pairs + own - 1)[known] // own[known].clamp(min=1)
         first = starts[known] + (block - (ends - own)[known]) * share
         last = torch.minimum(first + share, starts[known + 1])
         return cls(order.int(), torch.where(of_block < experts, of_block, -1).int(), first.int(), last.int())
