@@ -263,12 +263,14 @@ def read(path: Path) -> Log:
 def read_all(folder: Path) -> list[Log]:
     """What the processes of one run wrote down, in the order of their numbers.
 
+    A file without its first line is of one that is about to begin, or was killed then: as if it were not there.
+
     Raises:
         RecordError: There is nothing, or not of one run.
     """
-    paths = sorted(folder.glob("records-*.jsonl"))
+    paths = [path for path in sorted(folder.glob("records-*.jsonl")) if next(_lines(path), None)]
     if not paths:
-        raise RecordError(f"{folder}: holds no records-*.jsonl; name the folder of a run")
+        raise RecordError(f"{folder}: holds no records-*.jsonl with a line; name the folder of a run")
     logs = sorted((read(path) for path in paths), key=lambda log: log.run.source)
     first = logs[0].run
     for log in logs[1:]:

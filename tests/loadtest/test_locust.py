@@ -294,7 +294,7 @@ def test_locusts_own_page_starts_a_run_and_shows_the_metrics_of_language_models(
 
 
 def read_logs(folder: Path) -> list[records.Log]:
-    return records.read_all(folder) if list(folder.glob("records-*.jsonl")) else []
+    return records.read_all(folder) if any(path.stat().st_size for path in folder.glob("records-*.jsonl")) else []
 
 
 def wait_for(holds: Callable[[], bool]) -> None:

@@ -73,6 +73,10 @@ def test_what_several_processes_wrote_is_one_run_and_a_missing_one_is_told(tmp_p
     found = read(tmp_path)
     assert [record.sent_at for record in found.records] == [BEGAN, BEGAN + 1]
     assert any("nothing came from worker 1:" in warning for warning in found.warnings)
+    for begun in ("", '{"version":1,"type":"ru'):
+        (tmp_path / "records-1.jsonl").write_text(begun)
+        assert read(tmp_path) == found
+        (tmp_path / "records-1.jsonl").unlink()
     write(tmp_path, [], run="other", sources=3, source=1)
     with pytest.raises(RecordError, match="of different runs"):
         read(tmp_path)
