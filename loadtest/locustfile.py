@@ -56,10 +56,16 @@ def _init(environment: Environment, **_: Any) -> None:
         environment.shape_class.session = session
     if environment.web_ui:
         extend(environment.web_ui, session)
+    main = gevent.getcurrent()
+
+    def interrupt(*_: object) -> None:
+        gevent.kill(main, KeyboardInterrupt)
+
+    # Python raises it in whichever greenlet runs; from a user's it would come twice, the second time while Locust ends.
+    signal.signal(signal.SIGINT, interrupt)
     if environment.parsed_options and environment.parsed_options.headless:
-        main = gevent.getcurrent()
-        # As Ctrl-C: with a shape Locust heeds SIGTERM only once a headless run is over.
-        signal.signal(signal.SIGTERM, lambda *_: gevent.kill(main, KeyboardInterrupt))
+        # With a shape Locust heeds SIGTERM only once a headless run is over.
+        signal.signal(signal.SIGTERM, interrupt)
         if isinstance(environment.runner, MasterRunner):
             _await_workers(environment.runner)
 
