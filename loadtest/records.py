@@ -206,7 +206,8 @@ class Writer:
 
     def write(self, line: Record | Sample) -> None:
         """Appends a request or a sample."""
-        self._write({"type": "request" if isinstance(line, Record) else "sample", **asdict(line)})
+        # Not `asdict`, which copies every gap: others' answers wait for this.
+        self._write({"type": "request" if isinstance(line, Record) else "sample", **vars(line)})
 
     def _write(self, line: dict[str, Any]) -> None:
         text = json.dumps({"version": VERSION, **line}, ensure_ascii=False, separators=(",", ":"), default=str)

@@ -332,8 +332,10 @@ class Session:
         stats = self._environment.stats
         if record.ttft_s is not None:
             stats.get(record.kind, "TTFT").log(round(record.ttft_s * 1e3), 0)
-        for gap in record.gaps_s:
-            stats.get(record.kind, "ITL").log(round(gap * 1e3), 0)
+        if record.gaps_s:
+            row = stats.get(record.kind, "ITL")
+            for gap in record.gaps_s:
+                row.log(round(gap * 1e3), 0)
         if record.tpot_s:
             stats.get(record.kind, "tok/s").log(round(1 / record.tpot_s), 0)
 
