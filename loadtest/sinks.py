@@ -63,7 +63,7 @@ class ToMaster:
 
     def write(self, line: Record | Sample) -> None:
         """Keeps a line for the next message."""
-        self._lines.append({**vars(line)})
+        self._lines.append(dict(vars(line)))
 
     def drained(self) -> None:
         """Sends what is left, and that it is all."""
