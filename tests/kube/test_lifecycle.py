@@ -67,7 +67,8 @@ def pending(namespace: Namespace) -> str:
 
 def test_an_upgrade_of_a_full_node_finishes_its_streams_and_does_not_deadlock(namespace: Namespace) -> None:
     claim_on(namespace, "demo-model")
-    namespace.install(values(**FULL, **FRONT_DOOR))
+    # A slow core makes ten of the stream's tokens a second.
+    namespace.install(values(drain={"seconds": 300}, **FULL, **FRONT_DOOR))
     namespace.wait_ready()
     wait("the front door leads to it", lambda: is_served(HOST), 60)
     before = namespace.pod()["metadata"]["name"]
@@ -86,7 +87,7 @@ def test_an_upgrade_of_a_full_node_finishes_its_streams_and_does_not_deadlock(na
         60,
     )
     namespace.install(values(podAnnotations={"generation": "2"}, **FULL, **FRONT_DOOR))
-    thread.join(200)
+    thread.join(330)
     assert found, "the stream was cut"
     assert found[0].done
     namespace.wait_ready()

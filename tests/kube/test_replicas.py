@@ -34,7 +34,7 @@ def test_an_upgrade_of_two_replicas_loses_no_request_and_cuts_no_stream(namespac
     def load() -> None:
         while not over.is_set():
             try:
-                found.append(stream(HOST, tokens=120))
+                found.append(stream(HOST, tokens=80))
             except Exception as error:  # noqa: BLE001 - whatever it is, a request is lost
                 lost.append(error)
 
