@@ -38,6 +38,8 @@ KEY = "VLLM_API_KEY"
 PROGRESS_S, LOOK_S = 5.0, 0.5
 COLLECT_S = 15.0
 """A master waits so long for the last lines of workers that it has stopped."""
+YOUNG = 20_000
+"""Objects in more than there were, until Python looks for cycles among them; 200 streams are a few thousand."""
 KEPT, BROKEN, NOT_RUN = 0, 1, 2
 """Exit codes."""
 
@@ -190,6 +192,8 @@ class Session:
         # What is there stays: a collection that looks at all modules keeps greenlets waiting for tens of milliseconds.
         gc.collect()
         gc.freeze()
+        # Requests leave no cycles. Looking for some every 700 objects held up all answers, for 3 ms at times.
+        gc.set_threshold(YOUNG)
         self._lag.start()
         self._watch.start()
         # No user of Locust's sends: it ends users in the middle of an answer when workers come or go.
