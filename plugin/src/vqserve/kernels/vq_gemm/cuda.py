@@ -22,8 +22,6 @@ TOKENS = (8, 16, 32, 64)
 """Pairs per block to choose from."""
 SHARES = (4, 8, 48)
 """Up to so many pairs per expert on average the first, second, third of them is fastest on an H200."""
-PADDING = 32
-"""Elements behind each row of activations: `padded` of gather.cu."""
 MAX_PAIRS, MAX_EXPERTS = 1024, 512
 """What the sort in one block takes; torch sorts more."""
 REPEAT = 4
@@ -124,7 +122,7 @@ def moe(
     assert x.stride(1) == 1
     pairs, device = tokens * top_k, x.device
     block = block_tokens(pairs, number)
-    if tokens > 1 and 2 * max(tokens * (hidden + PADDING), (pairs + block) * (width + PADDING)) > MAX_BYTES:
+    if tokens > 1 and 2 * max(tokens * hidden, (pairs + block) * width) > MAX_BYTES:
         cuts = [slice(tokens // 2), slice(tokens // 2, tokens)]
         return torch.cat([moe(x[cut], topk_weights[cut], topk_ids[cut], experts, expert_map) for cut in cuts])
     warps = _warps(device)
@@ -141,11 +139,11 @@ def moe(
     groups = group(topk_ids, expert_map, number, block)
     blocks, tiles = len(groups.expert), -(-width // rows)
     # In two orders of columns: for codewords of 4 and of 8.
-    halves = [empty(tokens, hidden + PADDING, dtype=torch.float16) for _ in range(2)]
+    halves = [empty(tokens, hidden, dtype=torch.float16) for _ in range(2)]
     factors = empty(tokens)
     kernel("to_half").launch(tokens, 256, [x, c_int64(x.stride(0)), bf16, *halves, factors, c_int(hidden)])
     # A block reads all of its positions, also those behind its last one.
-    h, h_factors = empty(pairs + block, width + PADDING, dtype=torch.float16), empty(tiles, pairs + block)
+    h, h_factors = empty(pairs + block, width, dtype=torch.float16), empty(tiles, pairs + block)
     gate_up, down = ([*planes, experts.places, experts.codebooks] for planes in experts.planes)
     sizes = [c_int(size) for size in (pairs + block, top_k, hidden, width)]
     kernel("gate_up").launch(

@@ -95,9 +95,6 @@ __device__ __forceinline__ int column_at(int c) {
     return (c >> 3 & 3) << 5 | (c >> 2 & 1) << 4 | (c >> 1 & 1) << 3 | c >> 5 << 1 | c & 1;
 }
 
-// Elements from row to row of activations in that order.
-__device__ __forceinline__ int padded(int columns) { return columns + 32; }
-
 // What a block multiplies at a time, 128 columns: its tokens' activations, and its warps' codes as they lie in planes.
 struct Stage {
     u8 x[TOKENS * STRIDE];
@@ -361,7 +358,7 @@ __device__ __forceinline__ void load_codebook_of(Memory& m, const u16* codebooks
     else load_codebook<4>(m, codebooks + CODEBOOK[tier], tier & 1);
 }
 
-// h [position, padded width] * h_factors [width / ROWS, position] = silu(gate x) * up x, with x [token, padded hidden] *
+// h [position, width] * h_factors [width / ROWS, position] = silu(gate x) * up x, with x [token, hidden] *
 // x_factors [token]; x and h in the order that codewords of 4, or of 8 want.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 gate_up(const u8* codes, const u8* refinements, const u16* scales, const int4* where, const u16* codebooks,
@@ -377,7 +374,7 @@ gate_up(const u8* codes, const u8* refinements, const u16* scales, const int4* w
     if (expert < 0) return;
     const int first = firsts[of], last = lasts[of];
     const int4 gate_at = where[expert * 3], up_at = where[expert * 3 + 1];
-    const int stride_x = 2 * padded(hidden), blocks = width / 32;
+    const int stride_x = 2 * hidden, blocks = width / 32;
     Source source;
     #pragma unroll
     for (int pass = 0; pass < PASSES; pass++) {
@@ -437,7 +434,7 @@ gate_up(const u8* codes, const u8* refinements, const u16* scales, const int4* w
             const float up = up_factor(most);
             if (position >= last || !some) continue;
             if (warp == 0 && (lane & 3) == 0) h_factors[(i64)tile * stride + position] = down_factor(most);
-            u16* to = h + (i64)position * padded(width);
+            u16* to = h + (i64)position * width;
             #pragma unroll
             for (int n = 0; n < 4; n++) {
                 const int row = tile * ROWS + warp * 32 + 8 * n + 2 * (lane & 3), column = row & 127;
@@ -459,42 +456,13 @@ level(u16* h, const float* h_factors, float* factors, int stride, int width) {
         // Of powers of two, so exact but for what is below the smallest half.
         const u16 half = float_to_half(h_factors[(i64)(i * 8 / ROWS) * stride + position] / most);
         const u32 ratio = half * 0x10001u;
-        uint4 v = ((const uint4*)(h + position * padded(width)))[i];
+        uint4 v = ((const uint4*)(h + position * width))[i];
         v = make_uint4(multiply_halves(v.x, ratio), multiply_halves(v.y, ratio), multiply_halves(v.z, ratio),
                        multiply_halves(v.w, ratio));
-        ((uint4*)(h + position * padded(width)))[i] = v;
+        ((uint4*)(h + position * width))[i] = v;
     }
     if (threadIdx.x == 0) factors[position] = most;
     let_next_start();
-}
-
-// Tiles `tile` to `end` of ROWS rows of one matrix of `down`.
-template <int TIER>
-__device__ __forceinline__ void down_tiles(Memory& m, const Source& source, const float* factors, const int* order,
-                                           int first, int last, float* products, int tile, int end, int first_row,
-                                           int slice_rows, int hidden, int width) {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    int stage = 0;
-    #pragma unroll 1
-    for (bool fresh = true; tile < end; tile++, fresh = false) {
-        float total[TILES][4][4] = {};
-        const Job job = {first_row / 32 + tile * WARPS, (first_row + slice_rows) / 32, hidden / 32, width,
-                         last - first <= TOKENS - 16, fresh, tile + 1 < end};
-        product<TIER>(total, m, stage, source, job);
-        if ((tile * WARPS + warp) * 32 >= slice_rows) continue;
-        #pragma unroll
-        for (int t = 0; t < TILES; t++)
-            #pragma unroll
-            for (int r = 0; r < EIGHTS; r++) {
-                const int position = first + 16 * t + 8 * r + (lane >> 2);
-                if (position >= last) continue;
-                const float factor = factors[position];
-                float* to = products + (i64)order[position] * slice_rows + (tile * WARPS + warp) * 32 + 2 * (lane & 3);
-                #pragma unroll
-                for (int n = 0; n < 4; n++)
-                    *(float2*)(to + 8 * n) = make_float2(factor * total[t][n][2 * r], factor * total[t][n][2 * r + 1]);
-            }
-    }
 }
 
 // products [pair, rows of the slice] = down h * factors [position]; a block takes `repeat` tiles of ROWS rows.
@@ -510,7 +478,7 @@ down(const u8* codes, const u8* refinements, const u16* scales, const int4* wher
     wait_for_inputs();
     const int expert = experts[of];
     if (expert < 0) return;
-    const int first = firsts[of], last = lasts[of], tile = part * repeat, end = min(tile + repeat, tiles);
+    const int first = firsts[of], last = lasts[of], end = min((part + 1) * repeat, tiles);
     const int4 at = where[expert * 3 + 2];
     load_codebook_of(m, codebooks, at.x);
     Source source;
@@ -518,15 +486,29 @@ down(const u8* codes, const u8* refinements, const u16* scales, const int4* wher
     // Of positions from `last` on there is something to read too, and nothing is made of it.
     #pragma unroll
     for (int pass = 0; pass < PASSES; pass++)
-        source.row[pass] = (u32)(first + pass * (THREADS / 16) + (threadIdx.x >> 4)) * (2 * padded(width)) +
+        source.row[pass] = (u32)(first + pass * (THREADS / 16) + (threadIdx.x >> 4)) * (2 * width) +
                            (threadIdx.x & 15) * 16;
-#define TILES_OF(TIER) \
-    down_tiles<TIER>(m, source, factors, order, first, last, products, tile, end, first_row, slice_rows, hidden, width)
-    switch (at.x) {
-        case 0: TILES_OF(0); break;
-        case 1: TILES_OF(1); break;
-        case 2: TILES_OF(2); break;
-        default: TILES_OF(3);
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    int stage = 0;
+    #pragma unroll 1
+    for (int tile = part * repeat; tile < end; tile++) {
+        float total[TILES][4][4] = {};
+        const Job job = {first_row / 32 + tile * WARPS, (first_row + slice_rows) / 32, hidden / 32, width,
+                         last - first <= TOKENS - 16, tile == part * repeat, tile + 1 < end};
+        project(total, m, stage, source, at.x, job);
+        if ((tile * WARPS + warp) * 32 >= slice_rows) continue;
+        #pragma unroll
+        for (int t = 0; t < TILES; t++)
+            #pragma unroll
+            for (int r = 0; r < EIGHTS; r++) {
+                const int position = first + 16 * t + 8 * r + (lane >> 2);
+                if (position >= last) continue;
+                const float factor = factors[position];
+                float* to = products + (i64)order[position] * slice_rows + (tile * WARPS + warp) * 32 + 2 * (lane & 3);
+                #pragma unroll
+                for (int n = 0; n < 4; n++)
+                    *(float2*)(to + 8 * n) = make_float2(factor * total[t][n][2 * r], factor * total[t][n][2 * r + 1]);
+            }
     }
     let_next_start();
 }
@@ -577,7 +559,7 @@ group(const void* ids, int ids64, const int* map, int pairs, int number, int blo
     let_next_start();
 }
 
-// A block per token: y [token, padded columns] * factors[token] = x, y in fp16 and in both orders.
+// A block per token: y [token, columns] * factors[token] = x, y in fp16 and in both orders.
 extern "C" __global__ void __launch_bounds__(256)
 to_half(const void* x, i64 x_stride, int bf16, u16* y4, u16* y8, float* factors, int columns) {
     __shared__ float most[8];
@@ -593,7 +575,7 @@ to_half(const void* x, i64 x_stride, int bf16, u16* y4, u16* y8, float* factors,
     const float up = up_factor(largest);
     for (int i = threadIdx.x; i < columns; i += 256) {
         const u16 half = float_to_half(input(x, token * x_stride + i, bf16) * up);
-        const i64 to = token * padded(columns) + (i & ~127);
+        const i64 to = token * columns + (i & ~127);
         y4[to + column_at<4>(i & 127)] = half;
         y8[to + column_at<8>(i & 127)] = half;
     }

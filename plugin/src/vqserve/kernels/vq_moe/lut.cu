@@ -413,7 +413,11 @@ __device__ __forceinline__ void experts(Planes planes, const int4* where, const 
     __syncthreads();
     if (tid < 32) find_job<DOWN>(m, s, ids, ids64, map, tid);
     __syncthreads();
-    if (m.job.group < 0) return;
+    if (m.job.group < 0) {
+        // `finish` waits for this kernel alone, so no block of it may end before `gate_up` has.
+        if constexpr (DOWN) wait_for_inputs();
+        return;
+    }
     switch (m.job.group & 3) {
         case 0: work<0, DOWN>(m, s, planes, codebooks, x, x_stride, bf16, router, gu, out, bad_gu, bad); break;
         case 1: work<1, DOWN>(m, s, planes, codebooks, x, x_stride, bf16, router, gu, out, bad_gu, bad); break;
