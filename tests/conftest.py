@@ -21,6 +21,8 @@ hypothesis.settings.load_profile("vqserve")
 
 SHARING = ("tests/e2e/", "tests/vllm_plugin/")
 """Folders whose tests share processes that take long to start."""
+ALONE = ("tests/e2e/test_parallel.py",)
+"""Files in them that start their own."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,6 +35,9 @@ def pytest_configure() -> None:
     """A shell has what it runs in the background ignore SIGINT, and so would all that tests start and interrupt."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Many small operations: threads that wait for each other make them slower, on a busy machine a hundred times.
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -62,7 +67,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Together(LoadFileScheduling):  # type: ignore[misc] # xdist states no types
         def _split_scope(self, nodeid: str) -> str:
-            return next((folder for folder in SHARING if nodeid.startswith(folder)), super()._split_scope(nodeid))
+            return next((name for name in (*ALONE, *SHARING) if nodeid.startswith(name)), super()._split_scope(nodeid))
 
     return Together(config, log)
 

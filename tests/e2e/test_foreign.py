@@ -11,14 +11,17 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 
 from e2e.conftest import Server, serving, wait_for
+from encode.mortal import FEW_VECTORS
 from random_parent import make_random_parent
 from vqserve.cli import main
+from vqserve.encode import steps
 from vqserve.format.files import check_checkpoint, read_tensors
 from vqserve.format.names import layer_of
 from whole_model import load_model
@@ -65,7 +68,8 @@ def checkpoint(parent: Path) -> Path:
     calibration.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines), encoding="utf-8")
     folder = parent.parent / "checkpoint"
     options = ["--bits", "2.25", "--calibration", str(calibration), "--quiet"]
-    assert main(["encode", str(parent), str(folder), *options]) == 0
+    with patch.object(steps, "CODEBOOK_VECTORS", FEW_VECTORS):
+        assert main(["encode", str(parent), str(folder), *options]) == 0
     return folder
 
 

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from encode.mortal import FEW_VECTORS
 from encode.whole import FILE_SIZE
 from random_parent import make_random_parent
 from vqserve.encode import steps
 from vqserve.encode.pipeline import encode
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Many small operations: threads that wait for each other make them slower, on a busy machine a hundred times."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -6,15 +6,18 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
+from encode.mortal import FEW_VECTORS
 from random_checkpoint import make_random_checkpoint, read_tensors
 from random_parent import make_random_parent, write_weights
 from vllm_plugin.engine_process import WITHOUT_AVX512, Answer, EngineProcess, Question
 from vllm_plugin.plain import write_plain
+from vqserve.encode import steps
 from vqserve.encode.pipeline import encode
 from vqserve.format.manifest import write_manifest
 
@@ -118,7 +121,8 @@ def encoded(unrouted: Path) -> Path:
     folder, calibration = unrouted.parent / "encoded", unrouted.parent / "calibration.jsonl"
     texts = [" ".join(str(i * n) for i in range(2, 22)) for n in range(40)]
     calibration.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    encode(unrouted.parent / "parent", folder, bits=2.25, calibration=calibration, progress=False)
+    with patch.object(steps, "CODEBOOK_VECTORS", FEW_VECTORS):
+        encode(unrouted.parent / "parent", folder, bits=2.25, calibration=calibration, progress=False)
     return folder
 
 

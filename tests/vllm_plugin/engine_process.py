@@ -28,6 +28,8 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine's core in this process: two imports of vLLM less
     "TORCHDYNAMO_DISABLE": "1",
     "OMP_WAIT_POLICY": "passive",  # threads that spin for the next of many small operations take the cores from others
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # vLLM ties each engine to the first core, that of another process's too
+    "OMP_NUM_THREADS": "1",
 }
 
 WITHOUT_AVX512 = {
