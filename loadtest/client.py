@@ -120,8 +120,8 @@ class Client:
         return HTTPClient(
             *self._address,
             connection_timeout=CONNECT_S,
-            # The whole request has its own limit; a socket that times out by itself has not connected.
-            network_timeout=24 * 3600,
+            # The whole request has its own limit. One per socket would cost a timer for every piece that it waits for.
+            network_timeout=None,  # type: ignore[arg-type]
             ssl=self._secure,
             ssl_context_factory=_tls if self._secure else None,
             ssl_options={"server_hostname": self._tls_name} if self._secure else None,
@@ -230,13 +230,15 @@ class Client:
         return record
 
     def _stream(self, response: HTTPSocketResponse, answer: Answer) -> None:
-        events = Events()
+        events, end = Events(), b"\n"
         # Lines, and not blocks of bytes: a block is handed out only when it is full.
-        while not answer.done and (line := response.readline(b"\n")):
+        while not answer.done and (piece := response.readline(end)):
             now, before = time.perf_counter(), answer.completion_tokens or 0
-            for data in events.feed(line):
+            for data in events.feed(piece):
                 answer.add(data, now)
             self.tokens += (answer.completion_tokens or 0) - before
+            if piece == b"\n":  # and not CRLF, so that from now on a piece is an event
+                end = b"\n\n"
         if not answer.done:
             for data in events.feed(response.read()):
                 answer.add(data, time.perf_counter())
