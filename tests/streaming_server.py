@@ -155,6 +155,15 @@ async def split(stream: Stream) -> None:
     stream.end()
 
 
+async def crlf(stream: Stream) -> None:
+    """Lines end in CRLF, and the second of two tokens comes after 0.2 s."""
+    end = "\r\n\r\n"
+    await stream.send(event(chunk({"content": "4"}, 1), end))
+    await asyncio.sleep(0.2)
+    await stream.send(event(chunk({"content": "2"}, 2), end) + event(chunk({}, 2, "stop"), end) + event("[DONE]", end))
+    stream.end()
+
+
 async def long(stream: Stream) -> None:
     await stream.answer("one", " two", " three", finish="length")
     await stream.done()
@@ -189,6 +198,7 @@ STREAMS: dict[str, Callable[[Stream], Awaitable[None]]] = {
     "plain": plain, "schedule": schedule, "cut": cut, "no-done": no_done, "garbage": garbage, "empty": empty,
     "reasoning-only": reasoning_only, "reasoned": reasoned, "split": split, "long": long, "repetition": repetition,
     "detected": detected, "failing": failing, "slow": slow, "parts": parts, "deep": deep, "unpaired": unpaired,
+    "crlf": crlf,
 }  # fmt: skip
 REFUSALS: dict[str, tuple[int, str, str]] = {
     "over-cap": (400, OVER_CAP, ""),

@@ -99,6 +99,13 @@ def test_characters_split_over_chunks_arrive_whole(server: str) -> None:
     assert (record.content_chars, record.correct) == (8, True)
 
 
+def test_events_have_the_times_they_came_at_whatever_ends_their_lines(server: str) -> None:
+    record = ask(server, "crlf")
+    assert record.correct
+    assert len(record.gaps_s) == 1
+    assert record.gaps_s[0] == pytest.approx(0.2, abs=0.1)
+
+
 def test_reaching_max_tokens_is_right_where_it_was_asked_for(server: str) -> None:
     assert ask(server, "long", Options(ignore_eos=True)).outcome == Outcome.OK
 
