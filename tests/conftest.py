@@ -23,6 +23,7 @@ SHARING = ("tests/e2e/", "tests/vllm_plugin/")
 """Folders whose tests share processes that take long to start."""
 ALONE = ("tests/e2e/test_parallel.py",)
 """Files in them that start their own."""
+THREADS = torch.get_num_threads()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,9 +36,15 @@ def pytest_configure() -> None:
     """A shell has what it runs in the background ignore SIGINT, and so would all that tests start and interrupt."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    # Many small operations: threads that wait for each other make them slower, on a busy machine a hundred times.
-    if not torch.cuda.is_available():
-        torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """One thread, for fixtures too: those of many small operations wait for each other, on a busy machine for long.
+
+    Beside a GPU they make its input, and nothing else runs.
+    """
+    torch.set_num_threads(THREADS if item.get_closest_marker("gpu") else 1)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -95,10 +95,11 @@ def serving(model: Path, folder: Path, *options: str, **variables: str) -> Itera
     command = [str(Path(sys.executable).with_name("vqserve")), "serve", str(model), "--port", str(port), *options]
     environment = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
     # Threads that spin for their next operation would take the cores from another process's server.
-    environment |= {"HOME": str(folder), "VLLM_API_KEY": KEY, "OMP_WAIT_POLICY": "passive", **variables}
+    environment |= {"HOME": str(folder), "VLLM_API_KEY": KEY, "OMP_WAIT_POLICY": "passive"}
     if "--tensor-parallel-size" not in options:
         # vLLM ties an engine to the first core, and would tie another process's to the same.
         environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    environment |= variables
     url, log = f"http://127.0.0.1:{port}", folder / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
