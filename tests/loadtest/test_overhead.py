@@ -19,10 +19,8 @@ from loadtest import records
 from loadtest.records import Outcome
 
 STREAMS, SECONDS = 200, 12
-LIMIT_S, TRIES = 0.002, 3
+LIMIT_S, TRIES = 0.002, 5
 """What 99 of 100 times may be off by, in one try of so many: a machine has moments of its own."""
-BUSY = 0.5
-"""A core that was busy for a greater share of a run, its start and end included, is too slow: it gets half as many."""
 PROFILE = """description = "streams on a schedule"
 [options]
 timeout_s = 60
@@ -63,26 +61,21 @@ def test_at_two_hundred_streams_on_one_core_times_are_off_by_less_than_two_milli
 ) -> None:
     """200 streams are 4,000 chunks a second in all."""
     tried: list[str] = []
-    for streams in (STREAMS, STREAMS // 2):
-        shares = []
-        for _ in range(TRIES):
-            off, share, line = _measure(undisturbed, streams, tmp_path / str(len(tried)))
-            shares.append(share)
-            tried.append(line)
-            sys.stdout.write(f"{line}\n")
-            if off < LIMIT_S:
-                return
-        if min(shares) < BUSY:
-            break
+    for number in range(TRIES):
+        off, line = _measure(undisturbed, tmp_path / str(number))
+        tried.append(line)
+        sys.stdout.write(f"{line}\n")
+        if off < LIMIT_S:
+            return
     pytest.fail("\n".join(tried))
 
 
-def _measure(server: str, streams: int, folder: Path) -> tuple[float, float, str]:
-    """Seconds that 99 of 100 times are off by at most, the share of its core that it took, and both in words."""
+def _measure(server: str, folder: Path) -> tuple[float, str]:
+    """Seconds that 99 of 100 times are off by at most; that, and what the client had of its core, in words."""
     folder.mkdir()
     profile = folder / "overhead.toml"
     # An answer lasts 2.05 s.
-    profile.write_text(PROFILE.format(rate=streams / 2.05, seconds=SECONDS))
+    profile.write_text(PROFILE.format(rate=STREAMS / 2.05, seconds=SECONDS))
     command = [*preferred(cores()[0]), sys.executable, "-m", "loadtest", "--headless"]
     command += ["--only-summary", "--host", server, "--model", "schedule", "--load-profile", str(profile)]
     command += ["--records", str(folder), "--run-name", "run"]
@@ -96,7 +89,7 @@ def _measure(server: str, streams: int, folder: Path) -> tuple[float, float, str
         sent = json.load(answer)
     measured = [record for record in found if not record.warm_up]
     assert all(record.outcome == Outcome.OK for record in measured)
-    assert len(measured) > streams * 4
+    assert len(measured) > STREAMS * 4
     first, gaps = [], []
     for record in measured:
         times = sent[record.id]
@@ -107,8 +100,8 @@ def _measure(server: str, streams: int, folder: Path) -> tuple[float, float, str
     values = {"TTFT": first, "ITL": gaps, "dispatch": lags}
     off = {name: list(np.percentile(value, [50, 90, 99])) for name, value in values.items()}
     shown = ", ".join(f"{name} " + " / ".join(f"{1e3 * v:.2f}" for v in values) for name, values in off.items())
-    line = f"{streams} streams off by (p50 / p90 / p99, ms): {shown}; {share:.0%} of the core, {waited:.1f} s without"
-    return max(off["TTFT"][-1], off["ITL"][-1]), share, line
+    line = f"{STREAMS} streams off by (p50 / p90 / p99, ms): {shown}; {share:.0%} of the core, {waited:.1f} s without"
+    return max(off["TTFT"][-1], off["ITL"][-1]), line
 
 
 def _watch(process: subprocess.Popen[bytes]) -> tuple[float, float]:
