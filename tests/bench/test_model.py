@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from vqserve.bench.command import real_config
+from vqserve.bench.engine import decoded
 from vqserve.bench.model import ALONE, OURS, STOCK, floors, grouped, stock_config, targets, vq_config
 from vqserve.checkpoint.assume import SEED_MIX
 from vqserve.format.errors import UsageError
@@ -48,6 +49,12 @@ def test_kernels_are_told_apart_by_what_they_are_for() -> None:
         "4-bit linears": 2.0,
         "other": 4.0,
     }
+
+
+def test_a_decode_step_is_told_from_the_prompt_before_it_however_long_ranks_waited_for_each_other_there() -> None:
+    prompt = {"all_reduce": [90000.0, 5.0], "gemm": [400.0]}
+    whole = {"all_reduce": [20.0, 5.0, 6.0, 8.0, 7.0, 9.0], "gemm": [500.0], "gemv": [3.0, 4.0]}
+    assert decoded(whole, prompt, steps=2) == {"all_reduce": [2.0, 15.0], "gemv": [1.0, 3.5]}
 
 
 def run_of(seconds: float, *held: int) -> dict[str, Any]:

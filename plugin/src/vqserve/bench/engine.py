@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 DECODE_STEPS = 64
-REPEATS = 3
+REPEATS = 5
 PROFILED_STEPS = 16
 
 
@@ -66,10 +66,12 @@ def measure(request: Request) -> dict[str, Any]:
     loaded = time.perf_counter() - begin
     config = engine.llm_engine.vllm_config
     blocks, block_size = config.cache_config.num_gpu_blocks, config.cache_config.block_size
-    seconds = {f"decode, context {context}": _per_token(engine, 1, context) for context in request.contexts} | {
-        f"decode, batch {batch}": _per_token(engine, batch, request.contexts[0])
-        for batch in request.batches
-        if batch > 1
+
+    def step(batch: int, context: int) -> float:
+        return _medians(engine, batch, context, DECODE_STEPS + 1)[1]
+
+    seconds = {f"decode, context {context}": step(1, context) for context in request.contexts} | {
+        f"decode, batch {batch}": step(batch, request.contexts[0]) for batch in request.batches if batch > 1
     }
     return {
         "model class": engine.collective_rpc(_model_class)[0],
@@ -79,50 +81,81 @@ def measure(request: Request) -> dict[str, Any]:
         "weight bytes per rank": engine.collective_rpc(_allocated),
         "KV cache tokens": (blocks or 0) * block_size,
         "seconds per step": seconds,
-        "first token seconds": {str(tokens): _generate(engine, 1, tokens, 1) for tokens in request.prompts},
+        "first token seconds": {str(tokens): _medians(engine, 1, tokens, 1)[0] for tokens in request.prompts},
         "kernels": _profile(engine, request.contexts[0]),
     }
 
 
-def _per_token(engine: Any, batch: int, context: int) -> float:
-    """Seconds per decoded step: the difference of two lengths, so that prefill drops out."""
-    long, short = _generate(engine, batch, context, DECODE_STEPS + 1), _generate(engine, batch, context, 1)
-    return (long - short) / DECODE_STEPS
-
-
-def _generate(engine: Any, batch: int, context: int, tokens: int) -> float:
-    """Median seconds to answer `batch` random prompts."""
+def _medians(engine: Any, batch: int, context: int, tokens: int) -> tuple[float, float]:
+    """Of `answer` to random prompts."""
     vocabulary = engine.llm_engine.model_config.get_vocab_size()
-    rng, times = random.Random(0), []
+    rng, found = random.Random(0), []
     for _ in range(REPEATS + 1):  # the first one warms up
         prompts = [[rng.randrange(vocabulary) for _ in range(context)] for _ in range(batch)]
-        begin = time.perf_counter()
-        _answer(engine, prompts, tokens)
-        times.append(time.perf_counter() - begin)
-    return float(median(times[1:]))
+        found.append(answer(engine, prompts, tokens))
+    first, step = zip(*found[1:], strict=True)
+    return median(first), median(step)
 
 
-def _answer(engine: Any, prompts: Sequence[Sequence[int]], tokens: int) -> None:
+def answer(engine: Any, prompts: Sequence[Sequence[int]], tokens: int) -> tuple[float, float]:
+    """Has prompts answered together.
+
+    Args:
+        engine: A `vllm.LLM`.
+        prompts: Of token ids.
+        tokens: Of each answer.
+
+    Returns:
+        Seconds until each has its first token; and seconds per step from then on while all go on, 0 if none does.
+    """
     from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
-    parameters = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-    engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False)
+    parameters = SamplingParams(
+        temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA
+    )
+    core, begin = engine.llm_engine, time.perf_counter()
+    for number, prompt in enumerate(prompts):
+        core.add_request(str(number), {"prompt_token_ids": list(prompt)}, parameters)
+    answered, times, all_go_on = set[str](), list[float](), True
+    while core.has_unfinished_requests():
+        outputs = core.step()
+        answered.update(output.request_id for output in outputs)
+        if outputs and all_go_on and len(answered) == len(prompts):
+            times.append(time.perf_counter())
+        all_go_on = all_go_on and not any(output.finished for output in outputs)
+    return times[0] - begin, (times[-1] - times[0]) / max(len(times) - 1, 1)
 
 
 def _profile(engine: Any, context: int) -> dict[str, list[float]]:
     """Per kernel of the first rank: calls and microseconds per decoded step of a single stream."""
-    totals = []
+    found = []
     for tokens in (PROFILED_STEPS + 1, 1):
         engine.collective_rpc(_start_profile)
-        _answer(engine, [[1] * context], tokens)
-        totals.append(engine.collective_rpc(_stop_profile)[0])
-    long, short = totals
-    nothing = [0.0, 0.0]
-    steps = {
-        name: [(all_ - prefill) / PROFILED_STEPS for all_, prefill in zip(found, short.get(name, nothing), strict=True)]
+        answer(engine, [[1] * context], tokens)
+        found.append(engine.collective_rpc(_stop_profile)[0])
+    return decoded(*found, PROFILED_STEPS)
+
+
+def decoded(
+    long: Mapping[str, Sequence[float]], short: Mapping[str, Sequence[float]], steps: int
+) -> dict[str, list[float]]:
+    """What each kernel does in a decode step, without the prompt: there ranks may wait long for each other.
+
+    Args:
+        long: Microseconds of each kernel's runs in a prompt and `steps` decode steps, in their order.
+        short: In the prompt alone.
+        steps: As above.
+
+    Returns:
+        Calls and microseconds per decode step.
+    """
+    calls = {name: len(found) - len(short.get(name, ())) for name, found in long.items()}
+    return {
+        name: [calls[name] / steps, sum(found[-calls[name] :]) / steps]
         for name, found in long.items()
+        if calls[name] > 0
     }
-    return {name: found for name, found in steps.items() if found[1] > 0}
 
 
 def _start_profile(worker: Any) -> None:
@@ -137,8 +170,11 @@ def _stop_profile(worker: Any) -> dict[str, list[float]]:
 
     torch.cuda.synchronize()
     worker.bench_profile.__exit__(None, None, None)
-    averages = worker.bench_profile.key_averages()
-    return {each.key: [each.count, each.device_time_total] for each in averages if each.device_time_total}
+    found: dict[str, list[float]] = {}
+    for event in sorted(worker.bench_profile.events(), key=lambda event: event.time_range.start):
+        if event.device_time_total:
+            found.setdefault(event.key, []).append(event.device_time_total)
+    return found
 
 
 def _model_class(worker: Any) -> str:
