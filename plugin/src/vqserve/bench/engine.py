@@ -134,7 +134,8 @@ def _profile(engine: Any, context: int) -> dict[str, list[float]]:
         engine.collective_rpc(_start_profile)
         answer(engine, [[1] * context], tokens)
         found.append(engine.collective_rpc(_stop_profile)[0])
-    return decoded(*found, PROFILED_STEPS)
+    long, short = found
+    return decoded(long, short, PROFILED_STEPS)
 
 
 def decoded(
