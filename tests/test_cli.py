@@ -50,6 +50,20 @@ def test_a_wrong_path_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().err.startswith(f"vqserve: error: {tmp_path}/nowhere: expected a folder, found nothing;")
 
 
+def test_what_is_printed_goes_nowhere_if_standard_output_is_closed(random_checkpoint: Path) -> None:
+    code = f"from vqserve.cli import main; raise SystemExit(main(['inspect', {str(random_checkpoint)!r}]))"
+    done = subprocess.run(["sh", "-c", 'exec "$0" -c "$1" >&-', sys.executable, code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_interrupt_while_a_subcommand_is_imported_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vqserve.cli.import_module", interrupted)
+    assert main(["encode", "--help"]) == 130
+
+
 @pytest.mark.parametrize("odd", ["x\ny", "\x1b[31m", "\ud800", "\u2028"])
 def test_whatever_is_quoted_a_refusal_is_one_line(odd: str) -> None:
     for error in (UsageError(f"role {odd}: Größe"), CheckpointError(f"{odd}: Größe", odd, "fetch it")):

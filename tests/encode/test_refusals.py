@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -24,6 +25,7 @@ from vqserve.encode.pipeline import encode
 from vqserve.encode.work import open_work, save_tensors
 from vqserve.encode.writer import claimed
 from vqserve.format.errors import UsageError
+from vqserve.model import weights
 
 pytestmark = pytest.mark.usefixtures("few_vectors")
 
@@ -96,10 +98,62 @@ def test_weights_that_are_not_finite_are_refused_and_the_tensor_named(
     assert f"{name}: expected finite values, found nan at [3, 0]" in line
 
 
-def test_weights_too_large_to_compute_with_are_refused_and_the_layer_named(
+def test_a_weight_that_no_model_has_is_refused_and_the_tensor_named(
     parent: Path, calibration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    name = "model.layers.2.mlp.experts.3.down_proj.weight"
+    bad = with_weights(parent, tmp_path / "bad", lambda tensors: tensors[name][0, 1].fill_(-1e30))
+    line = refused(capsys, *arguments(bad, tmp_path / "out", calibration))
+    assert re.search(rf"{name}: expected values of at most 65504, found -1\S*e\+30 at \[0, 1\]", line)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("config.json", {"auto_map": {"AutoModel": "modeling.Model"}}, "auto_map: names Python code"),
+        ("config.json", {"eos_token_id": 100000}, "eos_token_id: expected token ids from 0 to"),
+        ("generation_config.json", {"temperature": "hot"}, "temperature: expected a number"),
+        ("generation_config.json", "{", "expected JSON"),
+        ("chat_template.jinja", "{% if x %}", "expected a Jinja template"),
+        ("known_answers.json", {"version": 1, "prompts": []}, "expected a list with at least one prompt"),
+    ],
+)
+def test_what_the_result_takes_over_is_refused_if_its_server_would_refuse_it(
+    name: str,
+    content: str | dict[str, object],
+    said: str,
+    parent: Path,
+    calibration: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    odd = tmp_path / "odd"
+    shutil.copytree(parent, odd)
+    before = json.loads((odd / name).read_text()) if name == "config.json" else {}
+    (odd / name).write_text(content if isinstance(content, str) else json.dumps(before | content))
+    line = refused(capsys, *arguments(odd, tmp_path / "out", calibration))
+    assert f"{odd / name}" in line
+    assert said in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [["--base-model", "\udcff"], ["--license", "mit\nbase_model: other"]])
+def test_names_that_a_model_card_cannot_hold_are_refused(
+    options: list[str], parent: Path, calibration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refused(capsys, *arguments(parent, tmp_path / "out", calibration, *options))
+    assert f"{options[0]} {options[1]!r}: would be in the model card" in line
+
+
+def test_weights_too_large_to_compute_with_are_refused_and_the_layer_named(
+    parent: Path,
+    calibration: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     name = "model.layers.1.self_attn.q_a_layernorm.weight"
+    monkeypatch.setattr(weights, "LARGEST", math.inf)
     large = with_weights(parent, tmp_path / "large", lambda tensors: tensors[name].fill_(1e38))
     line = refused(capsys, *arguments(large, tmp_path / "out", calibration))
     assert "model.layers.1: the outputs of this layer are not finite" in line

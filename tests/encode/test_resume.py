@@ -19,6 +19,7 @@ from encode.mortal import encode_until
 from encode.whole import FILE_SIZE, arguments, digests, refused
 from vqserve import cli
 from vqserve.encode import code
+from vqserve.encode.work import Work
 from vqserve.encode.writer import MARKER
 
 pytestmark = pytest.mark.usefixtures("few_vectors")
@@ -58,13 +59,39 @@ def test_an_encode_killed_while_it_writes_or_clears_away_ends_with_the_same_byte
         if part is not None:
             kill_at = 1 + int(random.uniform(*part) * last)
             assert encode_until(command, destination, kill_at) == (-9, kill_at)
-            assert (destination / MARKER).exists(), "the last thing to go"
             read_all(destination)
+            if not (destination / MARKER).exists():
+                assert digests(destination) == digests(encoded), "complete: only its work is still there"
+                continue
         code, changes = encode_until(command, destination)
         assert code == 0
         last = last or changes
         assert digests(destination) == digests(encoded)
         assert sorted(path.name for path in destination.iterdir() if path.is_dir()) == []
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_complete_before_what_it_was_made_of_is_cleared_away(
+    parent: Path,
+    calibration: Path,
+    work: Path,
+    encoded: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(self: Work) -> None:
+        raise KeyboardInterrupt
+
+    destination = tmp_path / "result"
+    shutil.copytree(work, destination / "work")
+    (destination / MARKER).touch()
+    command = arguments(parent, destination, calibration, "--file-size", str(FILE_SIZE))
+    monkeypatch.setattr(Work, "clear", interrupted)
+    assert cli.main(command) == 130
+    assert (destination / "work").is_dir()
+    assert digests(destination) == digests(encoded)
+    assert "not empty, and holds a checkpoint; give a new" in refused(capsys, *command)
 
 
 @pytest.mark.slow

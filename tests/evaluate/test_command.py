@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -11,6 +14,8 @@ from vqserve.cli import main
 from vqserve.evaluate.questions import Result, check_same, compare, draw, table
 from vqserve.evaluate.served import Reply
 from vqserve.format.errors import UsageError
+
+TOKENS = '{"items": [{"right": true, "mode": "direct", "question": "", "expected": "", "tokens": [["a", null]]}]}'
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
@@ -27,7 +32,50 @@ def test_a_server_that_is_not_there_is_said_so(capsys: pytest.CaptureFixture[str
     assert "vqserve serve" in line
 
 
-@pytest.mark.parametrize("content", [None, "not json", '{"items": 3', '{"scores": []}', "[]", "[" * 50_000])
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("text/html", "<html>Welcome</html>"),
+        *(("application/json", text) for text in ("[]", "{}", '{"data": [', '{"data": [{}]}', '{"data": 3}')),
+        *(("application/json", f'{{"data": [{{"id": "m"}}]{rest}}}') for rest in ("", ', "choices": []')),
+        ("application/json", '{"data": [{"id": "m"}], "choices": [{"message": null}]}'),
+    ],
+)
+def test_an_answer_that_is_not_of_the_api_is_said_to_be_none(
+    kind: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Odd(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(200)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        do_POST = do_GET
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Odd) as server:
+        server.handle_error = lambda *_: None  # type: ignore[method-assign] # whoever gives up does not wait
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        line = error_of(capsys, "arithmetic", url, "--per-language", "1", "--mode", "direct")
+        server.shutdown()
+    assert f"{url}: its answer is not that of OpenAI's API" in line
+
+
+def test_a_key_or_a_name_that_http_cannot_carry_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "--model '\\udcff': expected" in error_of(capsys, "recall", "http://127.0.0.1:9", "--model", "\udcff")
+    monkeypatch.setenv("VLLM_API_KEY", "clé")
+    assert "VLLM_API_KEY: expected printable ASCII" in error_of(capsys, "recall", "http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize("content", [None, "not json", '{"items": 3', '{"scores": []}', "[]", "[" * 50_000, TOKENS])
 def test_a_file_to_compare_with_has_to_be_a_run(
     content: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -56,6 +104,7 @@ def test_results_go_to_a_folder_that_exists(tmp_path: Path, capsys: pytest.Captu
         ('{"prompt": "", "completion": "b"}', ":1: expected"),
         ('{"prompt": "a", "completion": 3}', ":1: expected"),
         ("x", ":1: expected"),
+        ('{"prompt": "a", "completion": "\\ud83d"}', ":1: \\ud83d without its other half"),
     ],
 )
 def test_texts_have_to_be_prompts_and_completions(
@@ -64,6 +113,18 @@ def test_texts_have_to_be_prompts_and_completions(
     path = tmp_path / "text.jsonl"
     path.write_text(text)
     assert says in error_of(capsys, "kl", random_parent, random_parent, "--text", path)
+
+
+@pytest.mark.parametrize("template", [None, "{% if x %}", "{{ raise_exception('no') }}"])
+def test_a_parent_whose_template_makes_no_prompt_is_said_so(
+    template: str | None, tmp_path: Path, random_parent: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = tmp_path / "odd"
+    shutil.copytree(random_parent, odd)
+    path = odd / "chat_template.jinja"
+    path.unlink() if template is None else path.write_text(template)
+    line = error_of(capsys, "kl", random_parent, odd)
+    assert f"{odd}: its chat template makes no prompt of a question" in line
 
 
 def test_divergence_needs_two_checkpoints(

@@ -51,6 +51,17 @@ def test_without_a_checkpoint_the_machine_alone_is_judged(capsys: Capture) -> No
     assert "unknown  checkpoint" in capsys.readouterr().out
 
 
+def test_what_it_cannot_use_or_write_to_is_refused_before_anything_is_looked_at(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    for place in (tmp_path, tmp_path / "no" / "message"):
+        assert main(["preflight", "--mode", "warn", "--message", str(place)]) == 2
+        assert f"--message {place}: is a folder, or in none" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["preflight", "--product", "["])
+    assert "'[' is no regular expression" in capsys.readouterr().err
+
+
 def test_settings_are_written_as_a_shell_takes_them() -> None:
     finding = Finding("all-reduce", Verdict.FAIL, "hung", "", {"NCCL_P2P_DISABLE": "1"}, ("--disable-x",))
     assert settings_of([finding, finding]) == "NCCL_P2P_DISABLE=1 vqserve serve ... -- --disable-x"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
 from vqserve import __version__
 from vqserve.format.errors import CheckpointError, UsageError
@@ -48,8 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--" in arguments:
         at = arguments.index("--")
         own, passed = arguments[:at], arguments[at + 1 :]
-    args = _parser(own[:1]).parse_args(own, argparse.Namespace(passed=passed))
+    if sys.stdout is None:  # closed by the caller: whatever is printed goes nowhere
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     try:
+        args = _parser(own[:1]).parse_args(own, argparse.Namespace(passed=passed))
         if passed and args.command not in _PASSING:
             raise UsageError(f"`vqserve {args.command}` takes no arguments after `--`; `vqserve serve` does")
         code: int = import_module(COMMANDS[args.command][0]).run(args)

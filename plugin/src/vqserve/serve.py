@@ -153,7 +153,7 @@ def prepare(args: argparse.Namespace) -> Server:
     vllm = check_vllm()
     checkpoint = check_parent(args.path) if args.bf16 else check_checkpoint(args.path)
     read_known_answers(args.path)
-    from vqserve.checkpoint.chat import check_template  # jinja2 may be missing where vLLM is
+    from vqserve.model.template import check_template  # jinja2 may be missing where vLLM is
 
     check_template(args.chat_template or args.path / CHAT_TEMPLATE)
     cpu = find_cpu() if vllm.endswith("+cpu") else None

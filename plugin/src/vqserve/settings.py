@@ -124,7 +124,7 @@ def thinking_budget() -> int | None:
     text = os.environ.get(THINKING_BUDGET)
     if not text:
         return None
-    if re.fullmatch("[0-9]{1,9}", text, re.ASCII) is None or int(text) == 0:
+    if re.fullmatch("[0-9]{1,15}", text, re.ASCII) is None or int(text) == 0:
         raise UsageError(f"{THINKING_BUDGET}={text}: expected a number of tokens, at least 1; set it so, or unset it")
     return int(text)
 

@@ -18,6 +18,8 @@ from vqserve.format.manifest import MANIFEST
 
 PLAIN_WIDTH = 120
 """Columns of a table that does not go to a terminal."""
+PICTURES = (".png", ".svg")
+"""What the name of a picture ends in."""
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], names: int = 1) -> None:
@@ -81,6 +83,20 @@ def _check_writable(where: str, path: Path) -> None:
         raise UsageError(f"{where}: there is no folder {path.parent}; make it, or name a file elsewhere")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise UsageError(f"{where}: {path.parent} is not yours to write to; name a file elsewhere")
+
+
+def check_picture(path: Path) -> None:
+    """Checks that a picture of this name can be drawn.
+
+    Raises:
+        UsageError: It cannot: another suffix, or no matplotlib.
+    """
+    if path.suffix.lower() not in PICTURES:
+        raise UsageError(f"--plot {path}: expected a name that ends in {' or '.join(PICTURES)}")
+    try:
+        import matplotlib  # noqa: F401 - only whether it is there
+    except ModuleNotFoundError as cause:
+        raise UsageError("--plot: matplotlib is not installed; install vqserve[plot]") from cause
 
 
 def write_json(path: Path, content: Any) -> None:

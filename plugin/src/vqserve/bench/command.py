@@ -14,7 +14,7 @@ from vqserve.checkpoint.assume import SEED_MIX
 from vqserve.format.errors import CheckpointError, UsageError
 from vqserve.format.strict_json import parse_object
 from vqserve.format.tiers import TIERS
-from vqserve.tables import check_targets, gib, print_table, write_json
+from vqserve.tables import check_picture, check_targets, gib, print_table, write_json
 
 STOCK_EXPERTS = 32
 """Routed experts of the model in vLLM's own 4 bit: 256 would not fit, and a single stream reads 8 of either."""
@@ -83,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
         UsageError: There is no GPU, or a file cannot be written.
     """
     check_targets({"--json": args.json, "--plot": args.plot}, [])
+    if args.plot:
+        check_picture(args.plot)
     import torch
 
     if not torch.cuda.is_available():

@@ -15,18 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from vqserve.format.config import PROJECTIONS, QuantConfig
-from vqserve.format.errors import ConfigError, UsageError
+from vqserve.format.errors import ConfigError
 from vqserve.format.files import called, check_checkpoint, described, readable
 from vqserve.format.geometry import Geometry
 from vqserve.format.layout import parent_specs
 from vqserve.format.names import layer_of, parse_expert_tensor, parse_experts_module
 from vqserve.format.strict_json import read_object
 from vqserve.format.tiers import TIERS
-from vqserve.tables import check_targets, gib, print_table, write_json
+from vqserve.tables import check_picture, check_targets, gib, print_table, write_json
 
 _PARTS = _EXPERTS, _FOUR_BIT, _KEPT = "routed experts", "4-bit spine", "not quantized"
 _SPINE = {"qweight": "codes", "scales": "scales", "qzeros": "zero points"}
-PICTURES = (".png", ".svg")
 
 
 @dataclass(frozen=True)
@@ -94,20 +93,6 @@ def run(args: argparse.Namespace) -> int:
 
         draw(args.plot, found.tiers)
     return 0
-
-
-def check_picture(path: Path) -> None:
-    """Checks that a picture of this name can be drawn.
-
-    Raises:
-        UsageError: It cannot: another suffix, or no matplotlib.
-    """
-    if path.suffix.lower() not in PICTURES:
-        raise UsageError(f"--plot {path}: expected a name that ends in {' or '.join(PICTURES)}")
-    try:
-        import matplotlib  # noqa: F401 - only whether it is there
-    except ModuleNotFoundError as cause:
-        raise UsageError("--plot: matplotlib is not installed; install vqserve[plot]") from cause
 
 
 def read_inventory(path: Path) -> tuple[Inventory, int | None]:

@@ -24,7 +24,6 @@ import numpy as np
 from tqdm import tqdm
 
 from vqserve.arguments import positive
-from vqserve.checkpoint.chat import check_template
 from vqserve.format.companions import CHAT_TEMPLATE, check_companions
 from vqserve.format.errors import CheckpointError
 from vqserve.format.files import (
@@ -41,6 +40,7 @@ from vqserve.format.known_answers import read_known_answers
 from vqserve.format.layout import DTYPE_BYTES
 from vqserve.format.manifest import FileRecord, check_digest, check_sizes, read_manifest
 from vqserve.format.values import FULL_EXPONENT, check_codebooks, check_zero_points, not_finite
+from vqserve.model.template import check_template
 from vqserve.tables import check_targets, write_json
 
 _PIECE = 1 << 20

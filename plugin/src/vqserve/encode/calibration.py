@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vqserve.encode.chats import parse_line, render
 from vqserve.format.errors import UsageError
-from vqserve.model.tokens import Tokens
+from vqserve.model.tokens import Tokens, check_characters
 
 FEW_PREDICTIONS = 2**14
 """Fewer predictions that count than this are warned of; the demo is encoded with twice as many."""
@@ -79,7 +79,7 @@ def read_calibration(
             continue
         where = f"calibration file {path}, line {number}"
         prompt, text = render(parse_line(line, where), tokenizer, where)
-        _check_characters(text, where)
+        check_characters(text, where)
         whole = _tokenize(prompt, text, tokenizer)
         sequence = [*whole[: longest - 1], (whole[longest - 1][0], False)] if len(whole) > longest else whole
         rows, cut, dropped = rows + 1, cut + (len(whole) > longest), dropped + len(whole) - len(sequence)
@@ -101,15 +101,6 @@ def read_calibration(
     silent = sum(not any(counts for _, counts in sequence) for sequence in sequences)
     short = rows - len(sequences)
     return tokens, Report(rows, short, cut, silent, len(ids), dropped, sum(predicts), longest)
-
-
-def _check_characters(text: str, where: str) -> None:
-    """JSON can write half of a surrogate pair, which is no character and has no token."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(text[error.start]):04x}"
-        raise UsageError(f"{where}: {half} without its other half is no character; correct the text") from error
 
 
 def _tokenize(prompt: str, text: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, bool]]:

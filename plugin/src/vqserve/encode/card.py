@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -69,8 +70,8 @@ def model_card(plan: Plan, origin: Origin, config: Mapping[str, Any]) -> str:
     experts = sum(spec.nbytes for module in plan.config.modules for spec in expert_specs(module, geometry))
     total = sum(spec.nbytes for spec in checkpoint_specs(config).values() if spec.required)
     return f"""---
-license: {origin.license}
-base_model: {origin.base_model}
+license: {_yaml(origin.license)}
+base_model: {_yaml(origin.base_model)}
 base_model_relation: quantized
 library_name: vllm
 pipeline_tag: text-generation
@@ -125,3 +126,8 @@ def _allocation(plan: Plan) -> str:
 
 def _bits(module: VQModule, proj: str) -> float:
     return sum(TIERS[letter].effective_bits for letter in module.tiers[proj]) / module.experts
+
+
+def _yaml(text: str) -> str:
+    """A text as YAML, in quotes if it might be read as something else."""
+    return text if re.fullmatch(r"[A-Za-z][\w./-]*", text) else json.dumps(text, ensure_ascii=False)

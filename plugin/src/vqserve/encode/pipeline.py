@@ -26,8 +26,12 @@ from vqserve.encode.room import check_room
 from vqserve.encode.steps import Job, batch_name, load_codebooks
 from vqserve.encode.work import check_work, open_work
 from vqserve.encode.writer import check_free, claimed, write_checkpoint
+from vqserve.format.companions import CHAT_TEMPLATE, check_companions
 from vqserve.format.errors import UsageError
+from vqserve.format.files import COMPANIONS
+from vqserve.format.known_answers import read_known_answers
 from vqserve.format.names import codebook_name, experts_module, layer_of, parse_expert_tensor
+from vqserve.model.template import check_template
 from vqserve.model.weights import open_tokenizer
 
 LONGEST = 2048
@@ -80,6 +84,12 @@ def encode(
     """
     parent = Parent(src)
     byte_budget(parent.geometry, bits)
+    _check_companions(parent)
+    base_model = base_model or src.resolve().name
+    license_name = license_name or parent_license(src)
+    for what, name in (("--base-model", base_model), ("--license", license_name), ("--calibration", calibration.name)):
+        if not name.isprintable():
+            raise UsageError(f"{what} {name!r}: would be in the model card; name it in printable characters")
     longest = min(LONGEST, parent.geometry.index_topk)
     tokens, report = read_calibration(calibration, open_tokenizer(src), longest=longest, seed=seed)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -98,7 +108,7 @@ def encode(
     check_work(place, key)
     check_room(parent, len(tokens.ids), bits, dst, place)
     parent.check_left_over()
-    with claimed(dst), open_work(place, key) as results, deterministic(target):
+    with claimed(dst) as complete, open_work(place, key) as results, deterministic(target):
         _tell(calibration, report, progress)
         if dropped := parent.geometry.num_nextn_predict_layers:
             left_out = f"{src}: its {dropped} multi-token-prediction layers will not be in the result"
@@ -114,8 +124,8 @@ def encode(
         if dropped:
             config["num_nextn_predict_layers"] = 0
         origin = Origin(
-            base_model=base_model or src.resolve().name,
-            license=license_name or parent_license(src),
+            base_model=base_model,
+            license=license_name,
             calibration=calibration.name,
             tokens=len(tokens.ids),
             predictions=predictions,
@@ -124,9 +134,18 @@ def encode(
             version=__version__,
         )
         write_checkpoint(dst, src, config, model_card(plan, origin, config), file_size, _Reader(job, plan))
+        complete()
         if work is None:
             results.clear()
     return plan
+
+
+def _check_companions(parent: Parent) -> None:
+    """Checks what the result takes over as it is: whoever serves it checks that too, hours of work later."""
+    carried = [name for name in COMPANIONS if (parent.folder / name).is_file()]
+    check_companions(parent.folder, carried, parent.config, parent.geometry.vocab_size, links=True)
+    check_template(parent.folder / CHAT_TEMPLATE)
+    read_known_answers(parent.folder)
 
 
 def _tell(calibration: Path, report: Report, progress: bool) -> None:

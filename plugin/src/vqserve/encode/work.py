@@ -145,10 +145,7 @@ class Work:
         return damaged
 
     def clear(self) -> None:
-        """Removes all results, and the folder if nothing else is in it.
-
-        What tells the folder for a work folder goes last: killed in between, an encode finds it and begins anew.
-        """
+        """Removes all results, and the folder if nothing else is in it."""
         for path in (*self.folder.glob("*.safetensors"), self.folder / _KEY, self.folder / _LOCK):
             path.unlink()
         if not any(self.folder.iterdir()):

@@ -40,15 +40,16 @@ def check_free(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder}: is a file; give a new or empty folder for the result")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MARKER).is_file():
-        raise UsageError(f"{folder}: not empty; give a new or empty folder for the result")
+        holds = ", and holds a checkpoint" if (folder / MANIFEST).is_file() else ""
+        raise UsageError(f"{folder}: not empty{holds}; give a new or empty folder for the result")
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def claimed(folder: Path) -> Iterator[Callable[[], None]]:
     """Marks a folder, made if it does not exist, as being written, and keeps other encodes out of it.
 
-    The mark is lifted at the end; an exception leaves it, for another encode to go on there, unless nothing else is
-    there yet: then nothing is left.
+    The mark is lifted at the end, or before it by what is yielded; an exception leaves it, for another encode to go on
+    there, unless nothing else is there yet: then nothing is left.
 
     Raises:
         UsageError: Another encode is at work in it, or it cannot be made or written; or see `check_free`.
@@ -61,8 +62,8 @@ def claimed(folder: Path) -> Iterator[None]:
             made += make_folder(folder)
             descriptor = _lock_marker(folder)
         remove_unfinished(folder)
-        yield
-        (folder / MARKER).unlink()
+        yield (folder / MARKER).unlink
+        (folder / MARKER).unlink(missing_ok=True)
     except BaseException:
         if descriptor is not None and [path.name for path in folder.iterdir()] == [MARKER]:
             (folder / MARKER).unlink()

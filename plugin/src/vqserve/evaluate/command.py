@@ -152,8 +152,10 @@ def _read_run(path: Path) -> list[dict[str, Any]]:
             if not isinstance(item["right"], bool):
                 raise TypeError(item["right"])
             item["mode"], item["question"], item["expected"]
-    except FileNotFoundError as cause:
-        raise UsageError(f"--against {path}: no such file; write one with --json") from cause
+            for token, gap in item.get("tokens", ()):
+                str(token), float(gap)
+    except OSError as cause:
+        raise UsageError(f"--against {path}: cannot be read ({cause.strerror}); write one with --json") from cause
     except (ValueError, KeyError, TypeError, RecursionError) as cause:
         raise UsageError(f"--against {path}: not the --json of a run; write one with --json") from cause
     return items
@@ -166,7 +168,7 @@ def _kl(args: argparse.Namespace) -> dict[str, Any]:
     from vqserve.model.weights import open_model, open_tokenizer
 
     tokenizer = open_tokenizer(args.parent)
-    samples = _read_samples(args.text) if args.text else _draw_samples(tokenizer, args.per_language, args.seed)
+    samples = _read_samples(args.text) if args.text else _draw_samples(tokenizer, args)
     result = divergence(
         open_model(args.parent), open_model(args.model), tokenizer, samples, progress=sys.stderr.isatty()
     )
@@ -188,22 +190,24 @@ def _kl(args: argparse.Namespace) -> dict[str, Any]:
     return {"model": str(args.model), "parent": str(args.parent), "kl": {k: d.to_dict() for k, d in result.items()}}
 
 
-def _draw_samples(tokenizer: Any, per_language: int, seed: int) -> list[Any]:
+def _draw_samples(tokenizer: Any, args: argparse.Namespace) -> list[Any]:
     from vqserve.evaluate import almanac, sums
     from vqserve.evaluate.items import LANGUAGES
     from vqserve.evaluate.kl import Sample
 
-    rng, samples = random.Random(f"kl/{seed}"), []
+    rng, samples = random.Random(f"kl/{args.seed}"), []
     for language in LANGUAGES:
-        for i in range(per_language):
+        for i in range(args.per_language):
             thinking, fact = i % 2 == 0, i % 4 < 2
             item = almanac.sample(rng, language=language) if fact else sums.sample(rng, test=True, language=language)
-            prompt = tokenizer.apply_chat_template(
-                [{"role": "user", "content": item.question}],
-                tokenize=False,
-                add_generation_prompt=True,
-                enable_thinking=thinking,
-            )
+            messages = [{"role": "user", "content": item.question}]
+            try:
+                prompt = tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+                )
+            except Exception as error:  # a template is a program, and fails as programs do
+                problem = f"its chat template makes no prompt of a question ({str(error).partition(chr(10))[0]})"
+                raise UsageError(f"{args.parent}: {problem}; correct it, or give texts with --text") from error
             answer = item.answered(thinking=thinking) + "<|user|>"
             samples.append(Sample(f"{'facts' if fact else 'sums'} {language}", prompt, answer))
     return samples
@@ -211,6 +215,7 @@ def _draw_samples(tokenizer: Any, per_language: int, seed: int) -> list[Any]:
 
 def _read_samples(path: Path) -> list[Any]:
     from vqserve.evaluate.kl import Sample
+    from vqserve.model.tokens import check_characters
 
     if not path.is_file():
         raise UsageError(f"--text {path}: no such file; name one of JSON lines, or leave it out")
@@ -230,6 +235,7 @@ def _read_samples(path: Path) -> list[Any]:
         if not all(isinstance(text, str) and text for text in texts):
             expected = '{"prompt": "...", "completion": "..."}, neither empty'
             raise UsageError(f"--text {path}:{number}: expected {expected}")
+        check_characters("".join(texts), f"--text {path}:{number}")
         samples.append(Sample("text", *texts))
     if not samples:
         raise UsageError(f"--text {path}: empty; name one of JSON lines, or leave it out")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -97,8 +98,12 @@ class Server:
             wrong = True
         if wrong:
             raise UsageError(f"{self.url}: expected a URL such as http://127.0.0.1:8001")
+        if self.model is not None and not self.model.isprintable():
+            raise UsageError(f"--model {self.model!r}: expected a name of printable characters")
         base = self.url.rstrip("/").removesuffix("/v1") + "/v1"
         key = os.environ.get("VLLM_API_KEY") or "none"
+        if not (key.isascii() and key.isprintable()):
+            raise UsageError("VLLM_API_KEY: expected printable ASCII, as a header of HTTP has it; correct the variable")
         return openai.AsyncOpenAI(base_url=base, api_key=key, timeout=TIMEOUT, max_retries=RETRIES)
 
     async def _context(self) -> int | None:
@@ -114,7 +119,7 @@ class Server:
             with tqdm(total=len(items), desc=label, unit="item", disable=not progress) as bar:
 
                 async def one(item: Item) -> Reply:
-                    async with slots:
+                    async with slots, self._understood():
                         answer = await client.chat.completions.create(
                             model=model,
                             messages=[{"role": "user", "content": item.question}],
@@ -124,18 +129,29 @@ class Server:
                             top_logprobs=2 if self.gaps else openai.omit,
                             extra_body={"chat_template_kwargs": {"enable_thinking": thinking}},
                         )
+                        choice = answer.choices[0]
+                        reasoning = getattr(choice.message, "reasoning", None) or ""
+                        tokens = answer.usage.prompt_tokens if answer.usage else 0
+                        content, ended = choice.message.content or "", choice.finish_reason == "stop"
+                        reply = Reply(content, reasoning, ended, tokens, _gaps(choice))
                     bar.update()
-                    choice = answer.choices[0]
-                    reasoning = getattr(choice.message, "reasoning", None) or ""
-                    tokens = answer.usage.prompt_tokens if answer.usage else 0
-                    content, ended = choice.message.content or "", choice.finish_reason == "stop"
-                    return Reply(content, reasoning, ended, tokens, _gaps(choice))
+                    return reply
 
                 return await asyncio.gather(*map(one, items))
 
+    @asynccontextmanager
+    async def _understood(self) -> AsyncIterator[None]:
+        """Takes an answer: the client checks neither that it is JSON nor its shape, and fails somewhere."""
+        try:
+            yield
+        except (AttributeError, LookupError, TypeError, ValueError) as cause:
+            problem = f"its answer is not that of OpenAI's API ({type(cause).__name__}: {cause})"
+            raise UsageError(f"{self.url}: {problem}; give the address of a server that speaks it") from cause
+
     async def _chosen(self, client: openai.AsyncOpenAI) -> Model:
-        models = (await client.models.list()).data
-        wanted = [model for model in models if self.model in (None, model.id)]
+        async with self._understood():
+            models = (await client.models.list()).data
+            wanted = [model for model in models if self.model in (None, model.id)]
         if not wanted:
             listed = ", ".join(model.id for model in models) or "no model"
             raise UsageError(f"{self.url}: lists {listed}; name one that it serves with --model")

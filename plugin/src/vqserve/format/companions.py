@@ -29,7 +29,13 @@ Problems = Iterator[tuple[str, str]]
 
 
 def check_companions(
-    folder: Path, files: Iterable[str], config: Mapping[str, Any], vocab_size: int, report: Report = refuse
+    folder: Path,
+    files: Iterable[str],
+    config: Mapping[str, Any],
+    vocab_size: int,
+    report: Report = refuse,
+    *,
+    links: bool = False,
 ) -> None:
     """Checks that a checkpoint holds no file of another kind, no call for code, and JSON that vLLM can start with.
 
@@ -39,6 +45,7 @@ def check_companions(
         config: Its parsed `config.json`.
         vocab_size: How many tokens the model has.
         report: What is done with something wrong.
+        links: Whether the files may be links to files outside.
 
     Raises:
         CheckpointError: With `refuse`: the first thing that is wrong.
@@ -50,7 +57,7 @@ def check_companions(
             report(ManifestError(str(folder / name), problem, _REMOVE))
     for name in sorted({TOKENIZER, *(name for name in files if name.endswith(".json"))}.difference(_READ_ELSEWHERE)):
         try:
-            contents[name] = read_object(plain_file(folder, name, "the checkpoint"))
+            contents[name] = read_object(plain_file(folder, name, "the checkpoint", links=links))
         except CheckpointError as problem_of_file:
             report(problem_of_file)
     for name, content in contents.items():

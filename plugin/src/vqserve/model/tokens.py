@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vqserve.format.errors import UsageError
+
 BATCH_TOKENS = 4096
 
 
@@ -67,3 +69,16 @@ class Tokens:
             column = torch.arange(longest)
             index = starts[here][:, None] + torch.minimum(column, lengths[:, None] - 1)
             yield Batch(index, column < lengths[:, None])
+
+
+def check_characters(text: str, where: str) -> None:
+    """Checks that a text can be tokenized: JSON can write half of a surrogate pair, which is no character.
+
+    Raises:
+        UsageError: Half of one is in it.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise UsageError(f"{where}: {half} without its other half is no character; correct the text") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from vqserve.reference.dequantize import Codebook, dequantize
 from vqserve.reference.gptq import dequantize_gptq
 from vqserve.reference.tensors import read_tensor
 
+LARGEST = 65504.0
+"""Largest value that a weight may have: float16's, which the scales are stored in."""
 _DOWNLOAD = "download the parent checkpoint again, as its makers publish it"
 
 
@@ -94,13 +97,16 @@ class StoredModel(Model):
         """Reads one tensor, in its stored dtype, onto the CPU.
 
         Raises:
-            TensorError: It holds NaN or infinity.
+            TensorError: It holds NaN, infinity or what no weight is; a flipped bit of an exponent makes any of them.
         """
         stored = self.tensors[name]
         tensor = read_tensor(stored)
-        if not tensor.isfinite().all():
-            place = (~tensor.isfinite()).nonzero()[0].tolist()
-            problem = f"expected finite values, found {tensor[tuple(place)].item()} at {place}"
+        low, high = tensor.aminmax()
+        if not (low >= -LARGEST and high <= LARGEST):
+            place = (~(tensor.abs() <= LARGEST)).nonzero()[0].tolist()
+            found = tensor[tuple(place)].item()
+            expected = f"values of at most {LARGEST:g}" if isfinite(found) else "finite values"
+            problem = f"expected {expected}, found {found} at {place}"
             raise TensorError(f"{stored.path}: {name}", problem, _DOWNLOAD)
         return tensor
 

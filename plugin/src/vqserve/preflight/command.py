@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mode", choices=("refuse", "warn"), default="refuse", help="warn: exit code 0 whatever is found"
     )
-    parser.add_argument("--product", metavar="REGEX", help="what the GPUs have to be, such as 'RTX PRO 6000'")
+    parser.add_argument(
+        "--product", type=_pattern, metavar="REGEX", help="what the GPUs have to be, such as 'RTX PRO 6000'"
+    )
     parser.add_argument(
         "--deadline", type=positive, default=120, metavar="SECONDS", help="of the all-reduce, default: %(default)s"
     )
@@ -50,14 +53,16 @@ def run(args: argparse.Namespace) -> int:
         UsageError: An option is wrong, or vLLM is not installed.
     """
     check_targets({"--json": args.json}, [args.path])
+    if args.message and (args.message.is_dir() or not args.message.parent.is_dir()):
+        raise UsageError(f"--message {args.message}: is a folder, or in none; name a file in a folder that is there")
     findings = list(examine(args))
     show(findings)
     summary = summarized(findings)
     print(summary.partition("\n")[0])
-    if args.message:
-        write_message(args.message, summary)
     if args.json:
         write_json(args.json, [_as_json(finding) for finding in findings])
+    if args.message:
+        write_message(args.message, summary)
     failed = any(finding.verdict is Verdict.FAIL for finding in findings)
     return 1 if failed and args.mode == "refuse" else 0
 
@@ -153,6 +158,14 @@ def write_message(path: Path, summary: str) -> None:
         path.write_text(text, encoding="utf-8")  # a mount: it cannot be replaced
     else:
         write_whole(path, text)
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
+    return text
 
 
 def _as_json(finding: Finding) -> Mapping[str, object]:
