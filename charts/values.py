@@ -23,6 +23,8 @@ PullPolicy = Literal["Always", "IfNotPresent", "Never"]
 AccessModes = Annotated[
     list[Literal["ReadWriteOnce", "ReadOnlyMany", "ReadWriteMany", "ReadWriteOncePod"]], Field(min_length=1)
 ]
+SharedAccessModes = Annotated[list[Literal["ReadWriteOnce", "ReadOnlyMany", "ReadWriteMany"]], Field(min_length=1)]
+"""Of a volume that more than one pod mounts."""
 Digest = Annotated[str, Field(pattern="^(sha256:[0-9a-f]{64})?$")]
 
 
@@ -74,7 +76,7 @@ class TokenSecret(Section):
 class DownloadVolume(Section):
     size: Quantity = Field("250Gi", description="Of the claim that the chart makes: checkpoint and some room.")
     storageClassName: str = Field("", description="Empty: the cluster's default.")
-    accessModes: AccessModes = Field(
+    accessModes: SharedAccessModes = Field(
         ["ReadWriteOnce"], description="`ReadWriteMany` if several replicas are to share the volume."
     )
 
@@ -88,6 +90,9 @@ class ModelDownload(Section):
     )
     tokenSecret: TokenSecret = Field(TokenSecret(), description="Token for the source.")
     volume: DownloadVolume = Field(DownloadVolume(), description="Where the checkpoint is kept.")
+    budgetSeconds: Seconds = Field(
+        21600, description="For the download; the rollout's deadline is later by as much, and then it has failed."
+    )
     keep: bool = Field(True, description="`helm uninstall` leaves the claim: what it holds takes long to fetch.")
 
 

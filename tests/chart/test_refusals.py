@@ -170,6 +170,7 @@ def test_image_volumes_need_a_kubernetes_that_has_them(tmp_path: Path) -> None:
         {"drain.seconds": 0},
         {"probes.liveness.path": "health"},
         {"cache.accessModes": []},
+        {"model.download.volume.accessModes": ["ReadWriteOncePod"]},  # the Job's pod and the engine's mount it
         {"podSecurity.runAsUser": 0},
         {"monitoring.serviceMonitor.interval": "soon"},
         {"monitoring.rules.slo.ttftSeconds": 3},  # between two buckets

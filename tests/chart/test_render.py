@@ -149,6 +149,35 @@ def test_another_source_makes_another_job_and_another_chart_does_not(tmp_path: P
     assert engine == of_kind("Deployment", objects(rendered("--values", values)))["spec"]["template"]
 
 
+def test_a_download_has_its_budget_before_a_rollout_has_failed(tmp_path: Path) -> None:
+    def deadline(*arguments: str | Path) -> int:
+        return int(of_kind("Deployment", objects(rendered(*arguments)))["spec"]["progressDeadlineSeconds"])
+
+    download = CHART / "ci" / "download-values.yaml"
+    assert deadline("--values", download) == deadline("--values", BASE) + 21600
+    assert deadline("--values", download, "--set", "model.download.budgetSeconds=60") == deadline("--values", BASE) + 60
+    assert f"--timeout {deadline('--values', download)}s" in notes(tmp_path, "--values", download)
+
+
+def test_a_volume_of_one_node_is_filled_where_the_engine_waits_for_it(tmp_path: Path) -> None:
+    def affinity(kind: str, mode: str) -> Any:
+        volume = {"accessModes": [mode]}
+        model = {"source": "download", "download": {"url": "https://models.example/glm", "volume": volume}}
+        values = {"model": model, "scheduling": {"affinity": {"podAffinity": {required: [own]}}}}
+        found = objects(rendered("--values", written(values, tmp_path)))
+        return of_kind(kind, found)["spec"]["template"]["spec"]["affinity"]
+
+    required = "requiredDuringSchedulingIgnoredDuringExecution"
+    own = {"topologyKey": "rack", "labelSelector": {"matchLabels": {"app": "store"}}}
+    labels = {"name": "vqserve", "instance": "demo", "component": "engine"}
+    selector = {"matchLabels": {f"app.kubernetes.io/{part}": text for part, text in labels.items()}}
+    engine = {"topologyKey": "kubernetes.io/hostname", "labelSelector": selector}
+    assert affinity("Job", "ReadWriteOnce")["podAffinity"] == {required: [own, engine]}
+    assert affinity("Job", "ReadWriteOnce")["nodeAffinity"] == affinity("Deployment", "ReadWriteOnce")["nodeAffinity"]
+    assert affinity("Job", "ReadWriteMany") == affinity("Deployment", "ReadWriteMany")
+    assert affinity("Deployment", "ReadWriteOnce")["podAffinity"] == {required: [own]}
+
+
 def test_the_sum_is_asked_by_the_file_that_is_linted() -> None:
     pod = of_kind("Pod", objects(rendered("--values", CHART / "ci" / "pvc-values.yaml")))
     [script] = pod["spec"]["containers"][0]["args"]

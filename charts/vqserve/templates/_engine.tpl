@@ -154,3 +154,9 @@ livenessProbe:
 {{- define "vqserve.engine.gracePeriod" -}}
 {{- add .Values.drain.waitSeconds .Values.drain.seconds 30 -}}
 {{- end -}}
+
+{{- /* For one replica to stop, for the next to have its checkpoint and start, and 600 s to find a node and pull images. */ -}}
+{{- define "vqserve.engine.deadline" -}}
+{{- $download := eq .Values.model.source "download" | ternary .Values.model.download.budgetSeconds 0 -}}
+{{- add (include "vqserve.engine.gracePeriod" .) $download .Values.probes.startup.budgetSeconds 600 -}}
+{{- end -}}

@@ -92,8 +92,10 @@ capabilities:
   drop: [ALL]
 {{- end -}}
 
-{{- /* Where pods run: the engine, and the download, which has to be on nodes that the engine can run on. */ -}}
+{{- /* Where pods run: the engine, and the download, which has to be on nodes that the engine can run on. Takes a dict of `root`
+       and `affinity`. */ -}}
 {{- define "vqserve.scheduling" -}}
+{{- with .root -}}
 {{- with .Values.imagePullSecrets }}
 imagePullSecrets:
   {{- toYaml . | nindent 2 }}
@@ -102,7 +104,7 @@ imagePullSecrets:
 nodeSelector:
   {{- toYaml . | nindent 2 }}
 {{- end }}
-{{- with include "vqserve.affinity" . | fromYaml }}
+{{- with $.affinity }}
 affinity:
   {{- toYaml . | nindent 2 }}
 {{- end }}
@@ -113,6 +115,7 @@ tolerations:
 {{- with .Values.scheduling.priorityClassName }}
 priorityClassName: {{ . }}
 {{- end }}
+{{- end -}}
 {{- end -}}
 
 {{- define "vqserve.affinity" -}}

@@ -38,6 +38,18 @@ persistentVolumeClaim:
 {{- end }}
 {{- end -}}
 
+{{- /* A volume that one node at a time may attach must be filled on the node where the engine waits for it. */ -}}
+{{- define "vqserve.model.stageAffinity" -}}
+{{- $affinity := include "vqserve.affinity" . | fromYaml -}}
+{{- if not (has "ReadWriteMany" .Values.model.download.volume.accessModes) -}}
+  {{- $engine := dict "topologyKey" "kubernetes.io/hostname" "labelSelector" (dict "matchLabels" (include "vqserve.engineSelector" . | fromYaml)) -}}
+  {{- $near := $affinity.podAffinity | default dict -}}
+  {{- $required := append ($near.requiredDuringSchedulingIgnoredDuringExecution | default list) $engine -}}
+  {{- $_ := set $affinity "podAffinity" (set $near "requiredDuringSchedulingIgnoredDuringExecution" $required) -}}
+{{- end -}}
+{{- toYaml $affinity -}}
+{{- end -}}
+
 {{- /* The pod that stages a download. The Job's name holds its hash: a Job's pod cannot be changed, only replaced. */ -}}
 {{- define "vqserve.model.stagePod" -}}
 metadata:
@@ -49,7 +61,7 @@ spec:
   enableServiceLinks: false
   securityContext:
     {{- include "vqserve.podSecurityContext" . | nindent 4 }}
-  {{- include "vqserve.scheduling" . | trim | nindent 2 }}
+  {{- include "vqserve.scheduling" (dict "root" . "affinity" (include "vqserve.model.stageAffinity" . | fromYaml)) | trim | nindent 2 }}
   containers:
     - name: stage
       image: {{ include "vqserve.opsImage" . }}
