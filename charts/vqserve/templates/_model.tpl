@@ -5,15 +5,15 @@
 {{- define "vqserve.model.volume" -}}
 {{- if eq .Values.model.source "hostPath" -}}
 hostPath:
-  path: {{ .Values.model.hostPath.path }}
+  path: {{ .Values.model.hostPath.path | quote }}
   type: Directory
 {{- else if eq .Values.model.source "oci" -}}
 image:
-  reference: {{ .Values.model.oci.reference }}
+  reference: {{ .Values.model.oci.reference | quote }}
   pullPolicy: {{ .Values.model.oci.pullPolicy }}
 {{- else -}}
 persistentVolumeClaim:
-  claimName: {{ include "vqserve.model.claim" . }}
+  claimName: {{ include "vqserve.model.claim" . | quote }}
   {{- if and (eq .Values.model.source "pvc") .Values.model.readOnly }}
   readOnly: true
   {{- end }}
@@ -93,9 +93,9 @@ spec:
     {{- with .Values.model.download.tokenSecret.name }}
     - name: token
       secret:
-        secretName: {{ . }}
+        secretName: {{ . | quote }}
         items:
-          - key: {{ $.Values.model.download.tokenSecret.key }}
-            path: {{ $.Values.model.download.tokenSecret.key }}
+          - key: {{ $.Values.model.download.tokenSecret.key | quote }}
+            path: {{ $.Values.model.download.tokenSecret.key | quote }}
     {{- end }}
 {{- end -}}
