@@ -308,6 +308,23 @@ def test_labels_of_the_users_are_added_to_ours_and_none_that_selects_is_changed(
             assert len(keys) == len(set(keys))
 
 
+def test_other_pods_of_a_load_test_make_other_jobs_even_where_every_revision_is_the_first(tmp_path: Path) -> None:
+    example = CHART / "ci" / "loadtest-values.yaml"
+
+    def jobs(*arguments: str) -> set[str]:
+        found = objects(rendered("--values", example, *arguments))
+        return {item["metadata"]["name"] for item in found if item["kind"] == "Job"}
+
+    name = "loadtest.profileToml"
+    for other in (f"{name}=x", "loadtest.workers=3", "loadtest.slo=failures=0", "loadtest.nodeSelector.a=b"):
+        assert not jobs() & jobs("--set", other)
+    assert jobs() == jobs("--set", "replicaCount=2")
+    assert all("-1-" in job for job in jobs())
+    assert max(map(len, jobs("--set", f"fullnameOverride={'g' * 40}"))) <= 60  # of 63, for the revision's digits
+    [report] = re.findall(r"job/(\S+) --container report", notes(tmp_path, "--values", example))
+    assert report in jobs()
+
+
 def test_a_profile_of_the_users_comes_as_it_is_written(tmp_path: Path) -> None:
     profile = '  description = "Sums"\n[traffic]\n'
     loadtest = {"enabled": True, "profileToml": profile}
