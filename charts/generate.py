@@ -42,6 +42,9 @@ def values_yaml() -> str:
 def schema() -> str:
     """JSON Schema in the draft that Helm 3 and 4 both read."""
     made = _without_titles(Values.model_json_schema())
+    for section in [made, *made["$defs"].values()]:
+        if needed := [name for name, value in section["properties"].items() if _is_needed(value)]:
+            section["required"] = needed
     made["properties"]["global"] = {"type": "object"}  # Helm hands it to every subchart
     return json.dumps({"$schema": "http://json-schema.org/draft-07/schema#"} | made, indent=2) + "\n"
 
@@ -90,6 +93,11 @@ def _lines(section: BaseModel, indent: str) -> Iterator[str]:
 
 def _cell(default: object) -> str:
     return f"`{json.dumps(default)}`" if default not in ("", [], {}) else ""
+
+
+def _is_needed(value: dict[str, Any]) -> bool:
+    """Whether templates cannot do without: Helm takes a `null` for a wish to take the default away."""
+    return "$ref" in value or "minItems" in value
 
 
 def _without_titles(node: Any) -> Any:

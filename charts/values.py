@@ -23,7 +23,11 @@ PullPolicy = Literal["Always", "IfNotPresent", "Never"]
 AccessModes = Annotated[
     list[Literal["ReadWriteOnce", "ReadOnlyMany", "ReadWriteMany", "ReadWriteOncePod"]], Field(min_length=1)
 ]
+SharedAccessModes = Annotated[list[Literal["ReadWriteOnce", "ReadOnlyMany", "ReadWriteMany"]], Field(min_length=1)]
+"""Of a volume that more than one pod mounts."""
 Digest = Annotated[str, Field(pattern="^(sha256:[0-9a-f]{64})?$")]
+Name = Annotated[str, Field(pattern="^([a-z]([-a-z0-9]{0,38}[a-z0-9])?)?$")]
+"""Part of a Service's name, or empty."""
 
 
 class Section(BaseModel):
@@ -74,7 +78,7 @@ class TokenSecret(Section):
 class DownloadVolume(Section):
     size: Quantity = Field("250Gi", description="Of the claim that the chart makes: checkpoint and some room.")
     storageClassName: str = Field("", description="Empty: the cluster's default.")
-    accessModes: AccessModes = Field(
+    accessModes: SharedAccessModes = Field(
         ["ReadWriteOnce"], description="`ReadWriteMany` if several replicas are to share the volume."
     )
 
@@ -88,6 +92,9 @@ class ModelDownload(Section):
     )
     tokenSecret: TokenSecret = Field(TokenSecret(), description="Token for the source.")
     volume: DownloadVolume = Field(DownloadVolume(), description="Where the checkpoint is kept.")
+    budgetSeconds: Seconds = Field(
+        21600, description="For the download; the rollout's deadline is later by as much, and then it has failed."
+    )
     keep: bool = Field(True, description="`helm uninstall` leaves the claim: what it holds takes long to fetch.")
 
 
@@ -104,7 +111,7 @@ class Model(Section):
     hostPath: ModelHostPath = Field(
         ModelHostPath(), description="A folder of the node, which only PodSecurity `privileged` admits."
     )
-    oci: ModelOci = Field(ModelOci(), description="An OCI image as a volume (Kubernetes 1.31, feature ImageVolume).")
+    oci: ModelOci = Field(ModelOci(), description="An OCI image as a volume (Kubernetes 1.33, feature ImageVolume).")
     download: ModelDownload = Field(
         ModelDownload(),
         description="A Job fetches the checkpoint into a claim; it resumes, and checks sha256 and room.",
@@ -235,6 +242,7 @@ class Route(Section):
     enabled: bool = Field(False, description="Route /v1, and nothing else, from a gateway (HTTPRoute).")
     parentRefs: FreeList = Field([], description="The gateways.")
     hostnames: list[str] = Field([], description="Host names; empty: all of the gateway's.")
+    tls: bool = Field(True, description="The gateway's listener does TLS; only for the address in helm's notes.")
     annotations: Names = Field({}, description="Of the HTTPRoute.")
 
 
@@ -344,6 +352,7 @@ class Hpa(Section):
 class Keda(Section):
     serverAddress: str = Field("", description="Prometheus that KEDA asks, as `http://prometheus.monitoring:9090`.")
     authenticationRef: Free = Field({}, description="A TriggerAuthentication, if that wants to know who asks.")
+    authModes: str = Field("", description="What that is sent as: `bearer`, `basic`, `tls`, or several with commas.")
 
 
 class Autoscaling(Section):
@@ -378,7 +387,9 @@ class NetworkPolicy(Section):
 
 
 class Pdb(Section):
-    enabled: bool = Field(False, description="Keep all replicas but one while nodes are drained; takes two or more.")
+    enabled: bool = Field(
+        False, description="Keep all replicas but one while nodes are drained; one alone is not kept."
+    )
 
 
 class PodSecurity(Section):
@@ -444,8 +455,8 @@ class Loadtest(Section):
 
 
 class Values(Section):
-    nameOverride: str = Field("", description="Instead of the chart's name.")
-    fullnameOverride: str = Field("", description="Instead of release and chart name.")
+    nameOverride: Name = Field("", description="Instead of the chart's name.")
+    fullnameOverride: Name = Field("", description="Instead of release and chart name.")
     replicaCount: Positive = Field(1, description="Each on GPUs of its own; leave 1 if autoscaling counts them.")
     podLabels: Names = Field({}, description="More labels of the engine's pods.")
     podAnnotations: Names = Field({}, description="Annotations of the engine's pods.")

@@ -34,9 +34,10 @@ def helm(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
 
 
-def rendered(*arguments: str | Path, chart: Path = CHART, apis: list[str] = APIS) -> str:
+def rendered(*arguments: str | Path, chart: Path = CHART, apis: list[str] = APIS, release: str = "demo") -> str:
     """What `helm template` prints."""
-    done = helm("template", "demo", chart, "--namespace", "llm", *(f"--api-versions={api}" for api in apis), *arguments)
+    cluster = ["--kube-version=v1.34.0", *(f"--api-versions={api}" for api in apis)]
+    done = helm("template", release, chart, "--namespace", "llm", *cluster, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

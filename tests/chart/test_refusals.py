@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from chart.helm import APIS, CHART, refused
+from chart.helm import APIS, CHART, helm, refused
 
 Changes = dict[str, Any]
 
@@ -74,7 +74,15 @@ IMPOSSIBLE: list[tuple[Changes, Changes, str]] = [
     (GPU, {"autoscaling.kind": "hpa", "replicaCount": 2}, "leave replicaCount out and set autoscaling.minReplicas"),
     (GPU, {"autoscaling.kind": "hpa", "autoscaling.minReplicas": 3}, "lower one or raise the other"),
     (GPU, {"autoscaling.kind": "keda"}, "autoscaling.keda.serverAddress is empty: set it to the Prometheus"),
-    (GPU, {"pdb.enabled": True}, "set pdb.enabled to false, or run two replicas or more"),
+    (
+        GPU,
+        {
+            "autoscaling.kind": "keda",
+            "autoscaling.keda.serverAddress": "http://prometheus",
+            "autoscaling.keda.authenticationRef": {"name": "prometheus"},
+        },
+        "set it to what Prometheus is sent, as bearer, basic or tls",
+    ),
     (GPU, {"replicaCount": 2, "cache.kind": "pvc"}, "or set cache.kind to emptyDir"),
     (
         {"model": {"source": "download", "download": {"url": "https://models.example/glm"}}},
@@ -115,7 +123,7 @@ def test_every_refusal_has_a_case(errors: list[str]) -> None:
         r'fail (?:\(printf )?"((?:[^"\\]|\\.)*)"', (CHART / "templates/_checks.tpl").read_text("utf-8")
     )
     assert len(written) > 30
-    of_their_own = ("has no image volumes", "which this cluster does not have")  # tested below
+    of_their_own = ("begins with a digit", "has no image volumes", "which this cluster does not have")  # tested below
     for text in written:
         pattern = re.sub("%[ds]", ".+", re.escape(text.replace('\\"', '"')))
         assert any(part in text for part in of_their_own) or any(re.search(pattern, error) for error in errors), text
@@ -143,7 +151,13 @@ def test_an_api_that_the_cluster_lacks_is_named(api: str, tmp_path: Path) -> Non
 
 def test_image_volumes_need_a_kubernetes_that_has_them(tmp_path: Path) -> None:
     values = {"model": {"source": "oci", "oci": {"reference": "registry.example/glm:1"}}}
-    assert "Kubernetes v1.30.4 has no image volumes" in refused(values, tmp_path, "--kube-version", "v1.30.4")
+    assert "Kubernetes v1.32.4 has no image volumes" in refused(values, tmp_path, "--kube-version", "v1.32.4")
+
+
+def test_a_release_whose_name_is_no_services_is_refused_until_another_is_given() -> None:
+    arguments = ("template", "5.2", CHART, "--set", "model.pvc.claimName=glm")
+    assert "5-2-vqserve begins with a digit, and no Service's name may: set fullnameOverride" in helm(*arguments).stderr
+    assert helm(*arguments, "--set", "fullnameOverride=glm").returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -170,6 +184,12 @@ def test_image_volumes_need_a_kubernetes_that_has_them(tmp_path: Path) -> None:
         {"drain.seconds": 0},
         {"probes.liveness.path": "health"},
         {"cache.accessModes": []},
+        {"nameOverride": "glm.5"},
+        {"fullnameOverride": "5-glm"},
+        {"fullnameOverride": "g" * 41},
+        {"pdb": None},
+        {"scheduling.dra": None},
+        {"model.download.volume.accessModes": ["ReadWriteOncePod"]},  # the Job's pod and the engine's mount it
         {"podSecurity.runAsUser": 0},
         {"monitoring.serviceMonitor.interval": "soon"},
         {"monitoring.rules.slo.ttftSeconds": 3},  # between two buckets

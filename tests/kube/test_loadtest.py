@@ -43,7 +43,9 @@ def load(namespace: Namespace, slo: str) -> tuple[str, bool]:
     engine = namespace.pod()["metadata"]["uid"]
     namespace.install(values(loadtest=loadtest, ingress=ingress))
     revision = json.loads(namespace.helm("list", "--output", "json"))[0]["revision"]
-    job = f"{RELEASE}-vqserve-loadtest-{revision}"
+    masters = f"app.kubernetes.io/instance={RELEASE},app.kubernetes.io/component=loadtest-master"
+    jobs = [item["metadata"]["name"] for item in namespace.get("jobs", "-l", masters)["items"]]
+    [job] = [name for name in jobs if name.startswith(f"{RELEASE}-vqserve-loadtest-{revision}-")]
 
     def ended() -> Any:
         conditions = namespace.get("job", job).get("status", {}).get("conditions", [])
@@ -77,7 +79,7 @@ def test_workers_load_the_engine_through_the_ingress_and_the_job_ends_as_the_slo
     assert "Sent by 2 workers." in report
     assert "The server&#39;s own account" in report or "The server's own account" in report
     assert "nothing came from worker" not in report
-    workers = served.get("job", f"{job}-workers")["status"]
+    workers = served.get("job", job.replace("-loadtest-", "-workers-"))["status"]
     assert workers["succeeded"] == 2
 
 

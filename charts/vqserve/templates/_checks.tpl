@@ -1,5 +1,6 @@
 {{- /* Combinations that cannot work, each with its remedy; single values are the schema's affair. */ -}}
 {{- define "vqserve.checks" -}}
+{{- include "vqserve.checks.name" . -}}
 {{- include "vqserve.checks.engine" . -}}
 {{- include "vqserve.checks.arguments" . -}}
 {{- include "vqserve.checks.model" . -}}
@@ -7,6 +8,12 @@
 {{- include "vqserve.checks.exposure" . -}}
 {{- include "vqserve.checks.loadtest" . -}}
 {{- include "vqserve.checks.apis" . -}}
+{{- end -}}
+
+{{- define "vqserve.checks.name" -}}
+{{- if regexMatch "^[0-9]" (include "vqserve.fullname" .) -}}
+  {{- fail (printf "%s begins with a digit, and no Service's name may: set fullnameOverride" (include "vqserve.fullname" .)) -}}
+{{- end -}}
 {{- end -}}
 
 {{- define "vqserve.checks.loadtest" -}}
@@ -83,8 +90,8 @@
     {{- fail (printf "engine.env has %s, which the chart sets: take it out; caches are set by cache, NCCL_P2P_DISABLE by engine.pcie, OTEL_ by tracing" .name) -}}
   {{- end -}}
 {{- end -}}
-{{- $limits := .Values.resources.limits | default dict -}}
-{{- if or (hasKey $limits "nvidia.com/gpu") (hasKey (.Values.resources.requests | default dict) "nvidia.com/gpu") -}}
+{{- $resources := .Values.resources | default dict -}}
+{{- if or (hasKey ($resources.limits | default dict) "nvidia.com/gpu") (hasKey ($resources.requests | default dict) "nvidia.com/gpu") -}}
   {{- fail "resources has nvidia.com/gpu: take it out; engine.gpus sets it" -}}
 {{- end -}}
 {{- end -}}
@@ -107,8 +114,8 @@
 {{- if and (eq .Values.model.source "hostPath") (ne .Values.podSecurity.standard "privileged") -}}
   {{- fail (printf "model.source is hostPath, which PodSecurity %s refuses: take a local PersistentVolume (model.source pvc), or label the namespace pod-security.kubernetes.io/enforce=privileged and set podSecurity.standard to privileged" .Values.podSecurity.standard) -}}
 {{- end -}}
-{{- if and (eq .Values.model.source "oci") (semverCompare "<1.31.0-0" .Capabilities.KubeVersion.Version) -}}
-  {{- fail (printf "model.source is oci, and Kubernetes %s has no image volumes: take 1.31 or later with the feature gate ImageVolume, or another model.source" .Capabilities.KubeVersion.Version) -}}
+{{- if and (eq .Values.model.source "oci") (semverCompare "<1.33.0-0" .Capabilities.KubeVersion.Version) -}}
+  {{- fail (printf "model.source is oci, and Kubernetes %s has no image volumes that PodSecurity admits: take 1.33 or later with the feature gate ImageVolume, or another model.source; `helm template` has to be told what the cluster is: --kube-version" .Capabilities.KubeVersion.Version) -}}
 {{- end -}}
 {{- end -}}
 
@@ -124,9 +131,9 @@
   {{- if and (eq .Values.autoscaling.kind "keda") (not .Values.autoscaling.keda.serverAddress) -}}
     {{- fail "autoscaling.kind is keda and autoscaling.keda.serverAddress is empty: set it to the Prometheus that KEDA is to ask" -}}
   {{- end -}}
-{{- end -}}
-{{- if and .Values.pdb.enabled (lt $replicas 2) -}}
-  {{- fail "pdb.enabled with one replica would keep its node from ever being drained: set pdb.enabled to false, or run two replicas or more" -}}
+  {{- if and .Values.autoscaling.keda.authenticationRef (not .Values.autoscaling.keda.authModes) -}}
+    {{- fail "autoscaling.keda.authenticationRef is set and autoscaling.keda.authModes is empty: set it to what Prometheus is sent, as bearer, basic or tls" -}}
+  {{- end -}}
 {{- end -}}
 {{- if gt $replicas 1 -}}
   {{- if and (eq .Values.model.source "download") (not (has "ReadWriteMany" .Values.model.download.volume.accessModes)) -}}
@@ -159,7 +166,7 @@
 {{- if and .Values.networkPolicy.enabled .Values.tracing.endpoint (not .Values.networkPolicy.egress) -}}
   {{- fail "tracing.endpoint is set and networkPolicy lets nothing out: allow the collector in networkPolicy.egress" -}}
 {{- end -}}
-{{- if and .Values.scheduling.products (hasKey .Values.scheduling.affinity "nodeAffinity") (eq .Values.engine.device "cuda") -}}
+{{- if and .Values.scheduling.products (hasKey (.Values.scheduling.affinity | default dict) "nodeAffinity") (eq .Values.engine.device "cuda") -}}
   {{- fail "scheduling.affinity has a nodeAffinity, which scheduling.products makes as well: set scheduling.products to [] and say all of it in scheduling.affinity" -}}
 {{- end -}}
 {{- end -}}

@@ -71,7 +71,7 @@
 - {name: NCCL_P2P_DISABLE, value: "1"}
 {{- end }}
 {{- if .Values.tracing.endpoint }}
-- {name: OTEL_SERVICE_NAME, value: {{ include "vqserve.fullname" . }}}
+- {name: OTEL_SERVICE_NAME, value: {{ include "vqserve.fullname" . | quote }}}
 - {name: OTEL_EXPORTER_OTLP_TRACES_PROTOCOL, value: {{ .Values.tracing.protocol }}}
 - {name: OTEL_TRACES_SAMPLER, value: parentbased_traceidratio}
 - {name: OTEL_TRACES_SAMPLER_ARG, value: {{ .Values.tracing.ratio | toString | quote }}}
@@ -83,8 +83,8 @@
 - name: VLLM_API_KEY
   valueFrom:
     secretKeyRef:
-      name: {{ .Values.auth.existingSecret }}
-      key: {{ .Values.auth.key }}
+      name: {{ .Values.auth.existingSecret | quote }}
+      key: {{ .Values.auth.key | quote }}
 {{- end -}}
 {{- end -}}
 
@@ -102,7 +102,7 @@ limits:
 {{- end -}}
 
 {{- define "vqserve.engine.resources" -}}
-{{- toYaml (merge (include "vqserve.engine.gpus" . | fromYaml) (deepCopy .Values.resources)) -}}
+{{- toYaml (merge (include "vqserve.engine.gpus" . | fromYaml) (deepCopy (.Values.resources | default dict))) -}}
 {{- end -}}
 
 {{- define "vqserve.engine.mounts" -}}
@@ -118,7 +118,7 @@ limits:
 - name: cache
   {{- if eq .Values.cache.kind "pvc" }}
   persistentVolumeClaim:
-    claimName: {{ .Values.cache.existingClaim | default (printf "%s-cache" (include "vqserve.fullname" .)) }}
+    claimName: {{ .Values.cache.existingClaim | default (printf "%s-cache" (include "vqserve.fullname" .)) | quote }}
   {{- else }}
   emptyDir:
     sizeLimit: {{ .Values.cache.size }}
@@ -153,4 +153,10 @@ livenessProbe:
 {{- /* For the wait before the stop, the running requests, and 30 s for the engine to let go of the GPUs. */ -}}
 {{- define "vqserve.engine.gracePeriod" -}}
 {{- add .Values.drain.waitSeconds .Values.drain.seconds 30 -}}
+{{- end -}}
+
+{{- /* For one replica to stop, for the next to have its checkpoint and start, and 600 s to find a node and pull images. */ -}}
+{{- define "vqserve.engine.deadline" -}}
+{{- $download := eq .Values.model.source "download" | ternary .Values.model.download.budgetSeconds 0 -}}
+{{- add (include "vqserve.engine.gracePeriod" .) $download .Values.probes.startup.budgetSeconds 600 -}}
 {{- end -}}

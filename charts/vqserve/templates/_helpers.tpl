@@ -1,18 +1,22 @@
 {{- define "vqserve.name" -}}
-{{- .Values.nameOverride | default .Chart.Name | trunc 40 | trimSuffix "-" -}}
+{{- .Values.nameOverride | default .Chart.Name -}}
 {{- end -}}
 
-{{- /* Short enough for what is put behind it, such as a Job's hash. */ -}}
+{{- /* A Service's name, which has no dots, and short enough for what is put behind it, such as a Job's hash. */ -}}
 {{- define "vqserve.fullname" -}}
 {{- $name := include "vqserve.name" . -}}
 {{- $full := contains $name .Release.Name | ternary .Release.Name (printf "%s-%s" .Release.Name $name) -}}
-{{- .Values.fullnameOverride | default $full | trunc 40 | trimSuffix "-" -}}
+{{- $full = .Values.fullnameOverride | default $full -}}
+{{- if gt (len $full) 40 -}}
+{{- $full = printf "%s-%s" (trunc 33 $full | trimSuffix "." | trimSuffix "-") (sha256sum $full | trunc 6) -}}
+{{- end -}}
+{{- replace "." "-" $full -}}
 {{- end -}}
 
 {{- /* What selects, and so may never change. Takes a dict of `root` and `component`. */ -}}
 {{- define "vqserve.selectorLabels" -}}
-app.kubernetes.io/name: {{ include "vqserve.name" .root }}
-app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/name: {{ include "vqserve.name" .root | quote }}
+app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
 app.kubernetes.io/component: {{ .component }}
 {{- end -}}
 
@@ -22,6 +26,12 @@ app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
 app.kubernetes.io/part-of: vqserve
 app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" }}
+{{- end -}}
+
+{{- /* Labels of ours and of the user's, who may change all but those that select. Takes a dict of `root`, `component`, `ours` and
+       `more`. */ -}}
+{{- define "vqserve.labelsWith" -}}
+{{- toYaml (merge (include "vqserve.selectorLabels" . | fromYaml) (.more | default dict) (.ours | fromYaml)) -}}
 {{- end -}}
 
 {{- define "vqserve.engine" -}}
@@ -92,8 +102,10 @@ capabilities:
   drop: [ALL]
 {{- end -}}
 
-{{- /* Where pods run: the engine, and the download, which has to be on nodes that the engine can run on. */ -}}
+{{- /* Where pods run: the engine, and the download, which has to be on nodes that the engine can run on. Takes a dict of `root`
+       and `affinity`. */ -}}
 {{- define "vqserve.scheduling" -}}
+{{- with .root -}}
 {{- with .Values.imagePullSecrets }}
 imagePullSecrets:
   {{- toYaml . | nindent 2 }}
@@ -102,7 +114,7 @@ imagePullSecrets:
 nodeSelector:
   {{- toYaml . | nindent 2 }}
 {{- end }}
-{{- with include "vqserve.affinity" . | fromYaml }}
+{{- with $.affinity }}
 affinity:
   {{- toYaml . | nindent 2 }}
 {{- end }}
@@ -111,8 +123,9 @@ tolerations:
   {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- with .Values.scheduling.priorityClassName }}
-priorityClassName: {{ . }}
+priorityClassName: {{ . | quote }}
 {{- end }}
+{{- end -}}
 {{- end -}}
 
 {{- define "vqserve.affinity" -}}
@@ -124,7 +137,7 @@ nodeAffinity:
   requiredDuringSchedulingIgnoredDuringExecution:
     nodeSelectorTerms:
       - matchExpressions:
-          - key: {{ .Values.scheduling.productLabel }}
+          - key: {{ .Values.scheduling.productLabel | quote }}
             operator: In
             values:
               {{- toYaml .Values.scheduling.products | nindent 14 }}

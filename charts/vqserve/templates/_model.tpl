@@ -5,15 +5,15 @@
 {{- define "vqserve.model.volume" -}}
 {{- if eq .Values.model.source "hostPath" -}}
 hostPath:
-  path: {{ .Values.model.hostPath.path }}
+  path: {{ .Values.model.hostPath.path | quote }}
   type: Directory
 {{- else if eq .Values.model.source "oci" -}}
 image:
-  reference: {{ .Values.model.oci.reference }}
+  reference: {{ .Values.model.oci.reference | quote }}
   pullPolicy: {{ .Values.model.oci.pullPolicy }}
 {{- else -}}
 persistentVolumeClaim:
-  claimName: {{ include "vqserve.model.claim" . }}
+  claimName: {{ include "vqserve.model.claim" . | quote }}
   {{- if and (eq .Values.model.source "pvc") .Values.model.readOnly }}
   readOnly: true
   {{- end }}
@@ -38,6 +38,18 @@ persistentVolumeClaim:
 {{- end }}
 {{- end -}}
 
+{{- /* A volume that one node at a time may attach must be filled on the node where the engine waits for it. */ -}}
+{{- define "vqserve.model.stageAffinity" -}}
+{{- $affinity := include "vqserve.affinity" . | fromYaml -}}
+{{- if not (has "ReadWriteMany" .Values.model.download.volume.accessModes) -}}
+  {{- $engine := dict "topologyKey" "kubernetes.io/hostname" "labelSelector" (dict "matchLabels" (include "vqserve.engineSelector" . | fromYaml)) -}}
+  {{- $near := $affinity.podAffinity | default dict -}}
+  {{- $required := append ($near.requiredDuringSchedulingIgnoredDuringExecution | default list) $engine -}}
+  {{- $_ := set $affinity "podAffinity" (set $near "requiredDuringSchedulingIgnoredDuringExecution" $required) -}}
+{{- end -}}
+{{- toYaml $affinity -}}
+{{- end -}}
+
 {{- /* The pod that stages a download. The Job's name holds its hash: a Job's pod cannot be changed, only replaced. */ -}}
 {{- define "vqserve.model.stagePod" -}}
 metadata:
@@ -49,7 +61,7 @@ spec:
   enableServiceLinks: false
   securityContext:
     {{- include "vqserve.podSecurityContext" . | nindent 4 }}
-  {{- include "vqserve.scheduling" . | trim | nindent 2 }}
+  {{- include "vqserve.scheduling" (dict "root" . "affinity" (include "vqserve.model.stageAffinity" . | fromYaml)) | trim | nindent 2 }}
   containers:
     - name: stage
       image: {{ include "vqserve.opsImage" . }}
@@ -81,9 +93,9 @@ spec:
     {{- with .Values.model.download.tokenSecret.name }}
     - name: token
       secret:
-        secretName: {{ . }}
+        secretName: {{ . | quote }}
         items:
-          - key: {{ $.Values.model.download.tokenSecret.key }}
-            path: {{ $.Values.model.download.tokenSecret.key }}
+          - key: {{ $.Values.model.download.tokenSecret.key | quote }}
+            path: {{ $.Values.model.download.tokenSecret.key | quote }}
     {{- end }}
 {{- end -}}
