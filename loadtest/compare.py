@@ -27,12 +27,14 @@ from loadtest.slo import Slo, SloError
 
 RESAMPLES, CONFIDENCE, SEED = 2000, 0.95, 0
 BLOCKS = 20
-"""Of time, that throughput is drawn in; at least `BLOCK_S` long, so that neighbours hardly depend on each other."""
-BLOCK_S = 2.0
-FEWEST = 8
-"""Requests or blocks of a run, below which no interval is stated."""
+"""Of time, that throughput is drawn in, and below which it is not judged."""
+BLOCK_S, BLOCK_ANSWERS = 2.0, 4
+"""The shortest block, and in mean answers: in a closed loop neighbours share answers, and depend on each other."""
+FEWEST = 30
+"""Requests of a run, below which no interval is stated: of 8, equal means differ 10 to 15 times in 100 instead of 5."""
 BEYOND = 10
-"""Values that a run has to have on either side of a percentile: of fewer it is the luck of a few requests."""
+"""Requests that a run has to have on either side of a percentile: of fewer it is the luck of some. Their gaps count for
+nothing here, as those of one answer may all be long."""
 CACHED_APART = 0.05
 """Shares of prompt tokens from the prefix cache that differ by more make latencies of two runs different things."""
 
@@ -49,14 +51,14 @@ class Measure:
         less_is_better: Of latencies.
         values: Of a run: an array per request or block, of which several are joined before `statistic` sees them.
         statistic: Of the joined values.
-        fewest: Values that each run has to have.
+        fewest: Requests or blocks that each run has to have.
     """
 
     name: str
     less_is_better: bool
     values: Callable[[Results], list[Array]]
     statistic: Callable[[Array], float]
-    fewest: int = 1
+    fewest: int = FEWEST
 
 
 @dataclass(frozen=True)
@@ -122,9 +124,10 @@ def _tokens_per_s(results: Results) -> list[Array]:
         return []
     # Until the last start: while the last answers end, less and less is asked for.
     begin, end = measured[0].sent_at, measured[-1].sent_at
-    blocks = min(BLOCKS, int((end - begin) / BLOCK_S))
-    if blocks < 1:
+    if end - begin < BLOCK_S:
         return []
+    answer_s = float(np.mean([record.e2e_s for record in _answers(results)] or [0.0]))
+    blocks = max(1, min(BLOCKS, int((end - begin) / max(BLOCK_S, BLOCK_ANSWERS * answer_s))))
     # The warm-up's answers flow into the first blocks, as the last ones flow out of the end.
     chunks = np.array([pair for record in results.records for pair in token_times(record)]).reshape(-1, 2)
     tokens, edges = np.histogram(chunks[:, 0], np.linspace(begin, end, blocks + 1), weights=chunks[:, 1])
@@ -136,7 +139,7 @@ def _percentile(percent: int) -> Callable[[Array], float]:
 
 
 def _fewest(percent: int) -> int:
-    return math.ceil(100 * BEYOND / min(percent, 100 - percent))
+    return max(FEWEST, math.ceil(100 * BEYOND / min(percent, 100 - percent)))
 
 
 def _mean(values: Array) -> float:
@@ -154,11 +157,11 @@ MEASURES = (
             ("e2e", _field("e2e_s")),
         )
         for name, statistic, fewest in (
-            ("mean", _mean, 1),
+            ("mean", _mean, FEWEST),
             *((f"p{percent}", _percentile(percent), _fewest(percent)) for percent in (50, 90, 99)),
         )
     ),
-    Measure("tokens per second in all", less_is_better=False, values=_tokens_per_s, statistic=_mean),
+    Measure("tokens per second in all", less_is_better=False, values=_tokens_per_s, statistic=_mean, fewest=BLOCKS),
     Measure("share of good requests", less_is_better=False, values=_good, statistic=_mean),
     Measure("share that keeps the SLO", less_is_better=False, values=_goodput, statistic=_mean),
     Measure("share of right answers", less_is_better=False, values=_right, statistic=_mean),
@@ -226,13 +229,9 @@ def compare(before: Results, after: Results, *, allow: Sequence[str] = ()) -> li
                 f"the runs differ in `{name}`: {what}; compare runs of one configuration, or say --allow {name}"
             )
     shared = [(m, old, new) for m in MEASURES if (old := m.values(before)) and (new := m.values(after))]
-    draws = {m.name: ratios(old, new, m.statistic) for m, old, new in shared if _enough(m, old) and _enough(m, new)}
+    draws = {m.name: ratios(old, new, m.statistic) for m, old, new in shared if min(len(old), len(new)) >= m.fewest}
     chances = dict(zip(draws, corrected([chance(found) for found in draws.values()]), strict=True))
     return [_difference(m, old, new, draws.get(m.name), chances.get(m.name)) for m, old, new in shared]
-
-
-def _enough(measure: Measure, values: Sequence[Array]) -> bool:
-    return len(values) >= FEWEST and sum(map(len, values)) >= measure.fewest
 
 
 def _difference(

@@ -9,7 +9,6 @@ from typing import Self
 
 import numpy as np
 
-from loadtest.distribution import Distribution
 from loadtest.records import Outcome, Record
 
 LATENCIES = {"ttft_s": "TTFT", "first_content_s": "first content", "itl_s": "ITL", "tpot_s": "TPOT", "e2e_s": "e2e"}
@@ -86,7 +85,10 @@ class Slo:
         return ",".join(f"{name}={value:.12g}" for name, value in given if value is not None)
 
     def met(self, record: Record) -> bool:
-        """Whether one request keeps it by itself, which is what goodput counts: its gaps by their own percentile."""
+        """Whether one request keeps it by itself, which is what goodput counts: its gaps by their own percentile.
+
+        An answer whose limited latency was not measured does not; one of a single chunk keeps any ITL and TPOT.
+        """
         if not record.good or (self.correct is not None and record.correct is False):
             return False
         for name in LATENCIES:
@@ -95,8 +97,7 @@ class Slo:
                 continue
             values = _values(name, record)
             percent = self.percentile if name == "itl_s" else 100
-            # Not by a histogram: making one for each request takes minutes for thousands.
-            if values and np.percentile(values, percent, method="inverted_cdf") > limit:
+            if values is None or (values and _percentile(values, percent) > limit):
                 return False
         return True
 
@@ -105,16 +106,17 @@ class Slo:
         if not records:
             return ["no request ended"]
         good = [record for record in records if record.good]
-        share = 1 - len(good) / len(records)
+        share = (len(records) - len(good)) / len(records)
         reasons = [] if share <= self.failures else [f"{share:.1%} failed, {self.failures:.1%} allowed"]
         for name, title in LATENCIES.items():
             if (limit := getattr(self, name)) is None:
                 continue
-            found = Distribution(value for record in good for value in _values(name, record))
+            found = [value for record in good for value in _values(name, record) or ()]
             if not found:
                 reasons.append(f"no {title} was measured, {limit:g} s allowed")
-            elif (value := found.percentile(self.percentile)) > limit:
-                reasons.append(f"{title} p{self.percentile:g} {value:.3f} s, {limit:g} s allowed")
+            elif (value := _percentile(found, self.percentile)) > limit:
+                digits = 3 if round(value, 3) > limit else 6
+                reasons.append(f"{title} p{self.percentile:g} {value:.{digits}f} s, {limit:g} s allowed")
         judged = [record.correct for record in good if record.correct is not None]
         if self.correct is not None and (not judged or sum(judged) / len(judged) < self.correct):
             right = f"{sum(judged) / len(judged):.1%} of {len(judged)} answers right" if judged else "no answer judged"
@@ -122,10 +124,18 @@ class Slo:
         return reasons
 
 
-def _values(name: str, record: Record) -> Sequence[float]:
+def _percentile(values: Sequence[float], percent: float) -> float:
+    # Not a histogram's, which rounds up beyond limits that are kept.
+    return float(np.percentile(values, percent, method="inverted_cdf"))
+
+
+def _values(name: str, record: Record) -> Sequence[float] | None:
+    """None if an answer should have one and it was not measured."""
     if record.outcome != Outcome.OK:
         return ()  # a deliberate refusal is good, and has no latency of an answer
     if name == "itl_s":
         return record.gaps_s
     value = getattr(record, name)
-    return () if value is None else (value,)
+    if value is None:
+        return () if name == "tpot_s" and not record.gaps_s else None
+    return (value,)

@@ -102,6 +102,35 @@ def test_an_slo_says_what_broke_it(tmp_path: Path, slo: str, reason: str) -> Non
     assert not reason or broken[0].startswith(reason)
 
 
+@pytest.mark.parametrize(("failed", "count", "allowed"), [(1, 100, 0.01), (1, 20, 0.05), (3, 20, 0.15)])
+def test_as_many_failures_as_an_slo_allows_keep_it(failed: int, count: int, allowed: float) -> None:
+    made = [failure(i, Outcome.CUT) for i in range(failed)] + [answer(i) for i in range(failed, count)]
+    assert Slo(failures=allowed).broken(made) == []
+    assert Slo(failures=allowed).broken([*made, failure(count, Outcome.CUT)])
+
+
+def test_a_latency_at_its_limit_keeps_an_slo_and_one_beyond_it_by_a_microsecond_is_shown_to_be() -> None:
+    at, below = answer(0, ttft=2.0), answer(0, gap=0.09999)
+    for slo, record in ((Slo(ttft_s=2), at), (Slo(itl_s=0.1), below), (Slo(tpot_s=0.1), below)):
+        assert slo.met(record)
+        assert slo.broken([record] * 100) == []
+    assert Slo(ttft_s=2).broken([answer(0, ttft=2.000001)]) == ["TTFT p90 2.000001 s, 2 s allowed"]
+
+
+def test_an_answer_without_what_an_slo_limits_does_not_keep_it_unless_it_is_of_one_chunk() -> None:
+    thought, uncounted, short = (
+        answer(0, first_content_s=None),
+        answer(0, tpot_s=None),
+        answer(0, chunks=1, tpot_s=None),
+    )
+    refused = failure(0, Outcome.OVER_CAP, expected=Outcome.OVER_CAP)
+    assert not Slo(first_content_s=1).met(thought)
+    assert Slo(ttft_s=1).met(thought)
+    assert not Slo(tpot_s=1).met(uncounted)
+    assert Slo(tpot_s=1, itl_s=1).met(short)
+    assert Slo(first_content_s=1, tpot_s=1).met(refused)
+
+
 def test_an_slo_that_nothing_was_measured_for_is_broken() -> None:
     assert Slo(ttft_s=1).broken([]) == ["no request ended"]
     assert Slo(itl_s=1).broken([answer(0, chunks=1)]) == ["no ITL was measured, 1 s allowed"]
@@ -139,7 +168,7 @@ def test_a_search_is_judged_by_whether_any_rate_kept_the_slo(tmp_path: Path) -> 
     assert not found.failed
     assert [stage.name for stage in found.stages] == ["rate 1", "rate 7.5", "rate 11.39"]
     assert [bool(stage.broken) for stage in found.stages] == [False, False, True]
-    assert found.verdict == "kept at 7.5 requests/s, not at 11.39 (TTFT p90 5.001 s, 1 s allowed)"
+    assert found.verdict == "kept at 7.5 requests/s, not at 11.39 (TTFT p90 5.000 s, 1 s allowed)"
     assert f"SLO {found.slo}: {found.verdict}" in report.summary(found)
     assert read(tmp_path, "ttft_s=9").verdict == "kept at 11.39 requests/s, the highest rate tried"
     nothing = read(tmp_path, "ttft_s=0.1")
