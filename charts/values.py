@@ -91,6 +91,7 @@ class ModelDownload(Section):
         pattern="^([0-9a-f]{64})?$",
     )
     tokenSecret: TokenSecret = Field(TokenSecret(), description="Token for the source.")
+    env: FreeList = Field([], description="More environment of the download, such as `https_proxy`.")
     volume: DownloadVolume = Field(DownloadVolume(), description="Where the checkpoint is kept.")
     budgetSeconds: Seconds = Field(
         21600, description="For the download; the rollout's deadline is later by as much, and then it has failed."

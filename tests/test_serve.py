@@ -168,6 +168,16 @@ def test_secrets_are_never_shown(random_checkpoint: Path, capsys: Capture, monke
     assert "hush" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("key", ["hush\n", "hüsh"])
+def test_a_key_that_no_client_can_send_is_refused_and_not_shown(
+    key: str, random_checkpoint: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", key)
+    error = refused(capsys, str(random_checkpoint))
+    assert "VLLM_API_KEY: expected printable ASCII" in error
+    assert key.strip() not in error
+
+
 def test_a_bf16_checkpoint_is_to_be_encoded_first(random_parent: Path, capsys: Capture) -> None:
     error = refused(capsys, str(random_parent))
     assert "the checkpoint is not quantized" in error

@@ -76,10 +76,16 @@ IMPOSSIBLE: list[tuple[Changes, Changes, str]] = [
     (GPU, {"autoscaling.kind": "keda"}, "autoscaling.keda.serverAddress is empty: set it to the Prometheus"),
     (
         GPU,
+        {"autoscaling.kind": "keda", "autoscaling.keda.serverAddress": "http://prometheus"},
+        "the labels that a ServiceMonitor gives: set monitoring.serviceMonitor.enabled, too",
+    ),
+    (
+        GPU,
         {
             "autoscaling.kind": "keda",
             "autoscaling.keda.serverAddress": "http://prometheus",
             "autoscaling.keda.authenticationRef": {"name": "prometheus"},
+            "monitoring.serviceMonitor.enabled": True,
         },
         "set it to what Prometheus is sent, as bearer, basic or tls",
     ),
@@ -139,7 +145,11 @@ def test_an_api_that_the_cluster_lacks_is_named(api: str, tmp_path: Path) -> Non
             "route.enabled": True,
             "route.parentRefs": [{"name": "public"}],
         },
-        "ScaledObject": {"autoscaling.kind": "keda", "autoscaling.keda.serverAddress": "http://prometheus"},
+        "ScaledObject": {
+            "autoscaling.kind": "keda",
+            "autoscaling.keda.serverAddress": "http://prometheus",
+            "monitoring.serviceMonitor.enabled": True,
+        },
         "PrometheusRule": {"monitoring.serviceMonitor.enabled": True, "monitoring.rules.enabled": True},
         "ServiceMonitor": {"monitoring.serviceMonitor.enabled": True},
         "ResourceClaimTemplate": {"scheduling.dra.enabled": True},

@@ -131,6 +131,9 @@
   {{- if and (eq .Values.autoscaling.kind "keda") (not .Values.autoscaling.keda.serverAddress) -}}
     {{- fail "autoscaling.kind is keda and autoscaling.keda.serverAddress is empty: set it to the Prometheus that KEDA is to ask" -}}
   {{- end -}}
+  {{- if and (eq .Values.autoscaling.kind "keda") (not .Values.monitoring.serviceMonitor.enabled) -}}
+    {{- fail "autoscaling.kind is keda, and what it asks Prometheus for has the labels that a ServiceMonitor gives: set monitoring.serviceMonitor.enabled, too" -}}
+  {{- end -}}
   {{- if and .Values.autoscaling.keda.authenticationRef (not .Values.autoscaling.keda.authModes) -}}
     {{- fail "autoscaling.keda.authenticationRef is set and autoscaling.keda.authModes is empty: set it to what Prometheus is sent, as bearer, basic or tls" -}}
   {{- end -}}

@@ -77,6 +77,10 @@ spec:
         - --token-file
         - /token/{{ .Values.model.download.tokenSecret.key }}
         {{- end }}
+      {{- with .Values.model.download.env }}
+      env:
+        {{- toYaml . | nindent 8 }}
+      {{- end }}
       resources:
         requests: {cpu: "1", memory: 1Gi}
       volumeMounts:

@@ -196,6 +196,10 @@ def check_arguments(args: argparse.Namespace, checkpoint: Checkpoint | ParentChe
         warm_up_seconds()
     if args.stall_seconds is None:
         stall_seconds()
+    key = os.environ.get("VLLM_API_KEY", "")
+    if not (key.isascii() and key.isprintable()):
+        problem = "expected printable ASCII, as a header of HTTP has it; a line break at its end counts, too"
+        raise UsageError(f"VLLM_API_KEY: {problem}: correct the variable, or the Secret that it is from")
     _check_nets(args)
     if cpu:
         _check_on_cpu(args.tensor_parallel_size)
