@@ -56,7 +56,6 @@ class FakeCluster:
 
     def execute(self, pod: str, container: str, command: Sequence[str], seconds: float) -> tuple[int, str]:
         self.executed.append([pod, container, *command])
+        if command[-1].endswith("/metrics"):
+            return 0, self.metrics.pop(0) if len(self.metrics) > 1 else self.metrics[0]
         return self.answer
-
-    def get_from_pod(self, pod: str, port: int, path: str) -> str:
-        return self.metrics.pop(0) if len(self.metrics) > 1 else self.metrics[0]

@@ -98,11 +98,6 @@ def test_a_job_is_made_and_removed_with_its_pods(api: type[Api]) -> None:
     cluster.delete("Job", "gone")
 
 
-def test_a_pods_server_is_asked_through_the_api(api: type[Api]) -> None:
-    api.answers = {f"{PODS}/p:8001/proxy/metrics": (200, "vllm:num_requests_running 0")}
-    assert Cluster("llm").get_from_pod("p", 8001, "metrics") == "vllm:num_requests_running 0"
-
-
 @pytest.mark.parametrize(
     ("status", "kind", "words"),
     [

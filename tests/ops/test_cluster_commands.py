@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -15,6 +19,7 @@ from ops.objects import Made, deployment, replica_set, state
 from ops.objects import pod as made_pod
 from vqserve_ops import preflight
 from vqserve_ops.cli import COMMANDS, main
+from vqserve_ops.drain import asked, requests_in
 
 Capture = pytest.CaptureFixture[str]
 LABELS = {
@@ -99,10 +104,30 @@ def metrics(running: int) -> str:
 def test_a_drain_waits_for_the_requests(cluster: FakeCluster, capsys: Capture) -> None:
     cluster.metrics = [metrics(2), metrics(0), metrics(1), metrics(0)]
     assert main(["drain", "glm"]) == 0
-    assert cluster.executed == [["glm-1", "engine", "vqserve", "drain", "--port", "8001"]]
+    assert cluster.executed[0] == ["glm-1", "engine", "vqserve", "drain", "--port", "8001"]
+    assert {tuple(command[:3]) for command in cluster.executed[1:]} == {("glm-1", "engine", "python3")}
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "glm-1: draining: asked for"
     assert [line.split()[1] for line in out[1:5]] == ["2", "0", "1", "0"]
+
+
+def test_the_pod_is_asked_from_within_and_past_any_proxy() -> None:
+    class Metrics(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(f"{self.path} {metrics(3)}".encode())
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Metrics) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        command = [sys.executable, *asked(server.server_port)[1:]]
+        done = subprocess.run(command, env={"http_proxy": "http://127.0.0.1:9"}, capture_output=True, text=True)
+        server.shutdown()
+    assert done.stdout.startswith("/metrics ")
+    assert requests_in(done.stdout) == 3
 
 
 def test_a_drain_that_cannot_be_seen_or_takes_too_long_is_one_line(cluster: FakeCluster, capsys: Capture) -> None:

@@ -122,14 +122,6 @@ class Cluster:
         except (AbsentError, ForbiddenError):
             return ""
 
-    def get_from_pod(self, pod: str, port: int, path: str) -> str:
-        """What a pod's server answers to GET, asked through the API server."""
-        with self._speaking(f"ask pod {pod} through the API server (pods/proxy)"):
-            answer = client.CoreV1Api(self._api).connect_get_namespaced_pod_proxy_with_path(
-                f"{pod}:{port}", self.namespace, path, _preload_content=False, _request_timeout=_SECONDS
-            )
-            return _read(answer).decode("utf-8", "replace")
-
     def execute(self, pod: str, container: str, command: Sequence[str], seconds: float) -> tuple[int, str]:
         """Runs a command in a container.
 

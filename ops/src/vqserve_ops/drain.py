@@ -22,6 +22,11 @@ _QUIET = 3
 """Looks in a row without a request until it counts as drained: endpoints take time to follow."""
 _REQUESTS = re.compile(r"^vllm:num_requests_(?:running|waiting)(?:\{[^}]*\})? (?P<count>[0-9.e+]+)$", re.MULTILINE)
 _ENGINE = "engine"
+_METRICS = (
+    "import sys, urllib.request as web; opener = web.build_opener(web.ProxyHandler({})); "
+    "sys.stdout.write(opener.open(sys.argv[1], timeout=10).read().decode())"
+)
+"""Asked from within the pod: a NetworkPolicy may keep the API server, through which pods can be asked as well, out."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,11 +65,11 @@ def wait_until_quiet(cluster: Cluster, pod: str, port: int, timeout: float) -> N
     end, quiet, said = time.monotonic() + timeout, 0, -1
     while quiet < _QUIET:
         try:
-            left = requests_in(cluster.get_from_pod(pod, port, "metrics"))
+            code, printed = cluster.execute(pod, _ENGINE, asked(port), 30)
         except FailedError as error:
             problem = f"is drained, but its requests cannot be seen ({error})"
             raise FailedError(f"pod {pod}: {problem}; look at its log before it is deleted") from error
-        if left is None:
+        if code != 0 or (left := requests_in(printed)) is None:
             problem = f"is drained, but its metrics on port {port} do not tell of requests"
             raise FailedError(f"pod {pod}: {problem}; look at its log before it is deleted")
         if left != said:
@@ -104,6 +109,11 @@ def port_of(pod: Object) -> int:
             if container["name"] == _ENGINE and port.get("name") == "http":
                 return int(port["containerPort"])
     return 8001
+
+
+def asked(port: int) -> list[str]:
+    """What a container runs to print the metrics of its engine."""
+    return ["python3", "-c", _METRICS, f"http://127.0.0.1:{port}/metrics"]
 
 
 def requests_in(metrics: str) -> int | None:
