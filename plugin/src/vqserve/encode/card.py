@@ -17,7 +17,9 @@ from vqserve.format.geometry import Geometry
 from vqserve.format.layout import checkpoint_specs, expert_specs
 from vqserve.format.tiers import TIERS
 
-_LICENSE = re.compile(r"^license:\s*(\S.*?)\s*$", re.MULTILINE)
+_LICENSE = re.compile(r"""^license:\s*["']?([^\s"'#].*?)["']?\s*(?:\s#.*)?$""", re.MULTILINE)
+_PLAIN = re.compile(r"(?!(?:true|false|yes|no|on|off|null|y|n)$)[a-z][\w./-]*", re.IGNORECASE | re.ASCII)
+"""What YAML reads as that very text."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,8 @@ def model_card(plan: Plan, origin: Origin, config: Mapping[str, Any]) -> str:
     experts = sum(spec.nbytes for module in plan.config.modules for spec in expert_specs(module, geometry))
     total = sum(spec.nbytes for spec in checkpoint_specs(config).values() if spec.required)
     return f"""---
-license: {_yaml(origin.license)}
-base_model: {_yaml(origin.base_model)}
+license: {yaml_text(origin.license)}
+base_model: {yaml_text(origin.base_model)}
 base_model_relation: quantized
 library_name: vllm
 pipeline_tag: text-generation
@@ -128,6 +130,6 @@ def _bits(module: VQModule, proj: str) -> float:
     return sum(TIERS[letter].effective_bits for letter in module.tiers[proj]) / module.experts
 
 
-def _yaml(text: str) -> str:
-    """A text as YAML, in quotes if it might be read as something else."""
-    return text if re.fullmatch(r"[A-Za-z][\w./-]*", text) else json.dumps(text, ensure_ascii=False)
+def yaml_text(text: str) -> str:
+    """A text as YAML: in quotes if it might be read as something else."""
+    return text if _PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)
