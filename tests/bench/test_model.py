@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from vqserve.bench.command import real_config
-from vqserve.bench.engine import decoded
+from vqserve.bench.engine import answer, decoded
 from vqserve.bench.model import ALONE, OURS, STOCK, floors, grouped, stock_config, targets, vq_config
 from vqserve.checkpoint.assume import SEED_MIX
 from vqserve.format.errors import UsageError
@@ -55,6 +56,18 @@ def test_a_decode_step_is_told_from_the_prompt_before_it_however_long_ranks_wait
     prompt = {"all_reduce": [90000.0, 5.0], "gemm": [400.0]}
     whole = {"all_reduce": [20.0, 5.0, 6.0, 8.0, 7.0, 9.0], "gemm": [500.0], "gemv": [3.0, 4.0]}
     assert decoded(whole, prompt, steps=2) == {"all_reduce": [2.0, 15.0], "gemv": [1.0, 3.5]}
+
+
+@pytest.mark.slow
+def test_streams_of_which_the_first_ends_before_the_last_begins_are_said_to_be() -> None:
+    steps = [[("0", True)], [("1", True)]]
+    core = SimpleNamespace(
+        add_request=lambda *_: None,
+        has_unfinished_requests=lambda: bool(steps),
+        step=lambda: [SimpleNamespace(request_id=name, finished=ended) for name, ended in steps.pop(0)],
+    )
+    with pytest.raises(ValueError, match="2 streams never decode together"):
+        answer(SimpleNamespace(llm_engine=core), [[1], [1]], 1)
 
 
 def run_of(seconds: float, *held: int) -> dict[str, Any]:

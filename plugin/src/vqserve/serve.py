@@ -38,6 +38,7 @@ from vqserve.settings import (
     WARM_UP_SECONDS,
     AntiRepetition,
     anti_repetition,
+    api_key,
     stall_seconds,
     thinking_budget,
     warm_up_seconds,
@@ -196,10 +197,7 @@ def check_arguments(args: argparse.Namespace, checkpoint: Checkpoint | ParentChe
         warm_up_seconds()
     if args.stall_seconds is None:
         stall_seconds()
-    key = os.environ.get("VLLM_API_KEY", "")
-    if not (key.isascii() and key.isprintable()):
-        problem = "expected printable ASCII, as a header of HTTP has it; a line break at its end counts, too"
-        raise UsageError(f"VLLM_API_KEY: {problem}: correct the variable, or the Secret that it is from")
+    api_key()
     _check_nets(args)
     if cpu:
         _check_on_cpu(args.tensor_parallel_size)
@@ -387,7 +385,7 @@ def summary(args: argparse.Namespace, server: Server) -> str:
     )
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(args.host, args.host)
     host = f"[{host}]" if ":" in host else host
-    key = ' -H "Authorization: Bearer $VLLM_API_KEY"' if os.environ.get("VLLM_API_KEY") else ""
+    key = ' -H "Authorization: Bearer $VLLM_API_KEY"' if api_key() else ""
     return (
         f"vqserve: {args.path}: {checked}\n{chosen}"
         f"vqserve: starting vLLM {server.vllm}; at `Application startup complete`, ask it:\n\n"

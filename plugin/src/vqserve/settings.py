@@ -1,4 +1,4 @@
-"""vqserve's own environment variables: how `vqserve serve` tells vLLM's processes what it decided."""
+"""Environment variables, most of them vqserve's own: how `vqserve serve` tells vLLM's processes what it decided."""
 
 from __future__ import annotations
 
@@ -66,6 +66,19 @@ class AntiRepetition:
                 return setting
         shape = "STRENGTH[,MIN_LENGTH[,WINDOW]] with a strength of 0 to 100 and 1 <= MIN_LENGTH < WINDOW <= 16384"
         raise UsageError(f"expected {shape}, such as 0.5 or 0.5,64,2048")
+
+
+def api_key() -> str | None:
+    """What vLLM's own `VLLM_API_KEY` says: the key that a server asks for, and that its clients send.
+
+    Raises:
+        UsageError: No header of HTTP can hold it.
+    """
+    key = os.environ.get("VLLM_API_KEY", "")
+    if not (key.isascii() and key.isprintable()):
+        problem = "expected printable ASCII, as a header of HTTP has it; a line break at its end counts, too"
+        raise UsageError(f"VLLM_API_KEY: {problem}: correct the variable, or the Secret that it is from")
+    return key or None
 
 
 def warm_up_seconds() -> float:

@@ -107,6 +107,9 @@ def answer(engine: Any, prompts: Sequence[Sequence[int]], tokens: int) -> tuple[
 
     Returns:
         Seconds until each has its first token; and seconds per step from then on while all go on, 0 if none does.
+
+    Raises:
+        ValueError: The first of them ends before the last begins.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -124,6 +127,8 @@ def answer(engine: Any, prompts: Sequence[Sequence[int]], tokens: int) -> tuple[
         if outputs and all_go_on and len(answered) == len(prompts):
             times.append(time.perf_counter())
         all_go_on = all_go_on and not any(output.finished for output in outputs)
+    if not times:
+        raise ValueError(f"{len(prompts)} streams never decode together: the first ends before the last begins")
     return times[0] - begin, (times[-1] - times[0]) / max(len(times) - 1, 1)
 
 

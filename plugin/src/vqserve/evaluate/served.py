@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from vqserve.evaluate.items import Item
 from vqserve.format.errors import UsageError
+from vqserve.settings import api_key
 
 T = TypeVar("T")
 
@@ -101,10 +101,7 @@ class Server:
         if self.model is not None and not self.model.isprintable():
             raise UsageError(f"--model {self.model!r}: expected a name of printable characters")
         base = self.url.rstrip("/").removesuffix("/v1") + "/v1"
-        key = os.environ.get("VLLM_API_KEY") or "none"
-        if not (key.isascii() and key.isprintable()):
-            raise UsageError("VLLM_API_KEY: expected printable ASCII, as a header of HTTP has it; correct the variable")
-        return openai.AsyncOpenAI(base_url=base, api_key=key, timeout=TIMEOUT, max_retries=RETRIES)
+        return openai.AsyncOpenAI(base_url=base, api_key=api_key() or "none", timeout=TIMEOUT, max_retries=RETRIES)
 
     async def _context(self) -> int | None:
         async with self._client() as client:
